@@ -1,0 +1,1 @@
+"""Attribution graphs. Empty until the graph room is built; see docs/architecture.md."""

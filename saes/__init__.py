@@ -1,0 +1,1 @@
+"""Sparse autoencoders: training, evaluation, naming, gallery. The only package that imports sae_lens."""
