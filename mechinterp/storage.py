@@ -1,8 +1,8 @@
 """Files that are whole or not there: atomic writes, and a manifest that closes each artefact folder.
 
-A write goes to a temporary file in the same folder, is flushed and fsynced, and is renamed over its name; then the folder
-is fsynced. `manifest.json` lists the sha256 and size of every other file in its folder and is written last, so a folder
-with a manifest that verifies is complete.
+A write goes to a temporary file in the same folder, is flushed and fsynced, and is renamed over its name; then the
+folder is fsynced. `manifest.json` lists the sha256 and size of every other file in its folder and is written last, so
+a folder with a manifest that verifies is complete.
 """
 
 from __future__ import annotations
