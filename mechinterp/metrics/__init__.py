@@ -1,1 +1,1 @@
-"""To be filled."""
+"""Numbers about explanations and models: statistics now; image quality, faithfulness and localisation build on them."""
