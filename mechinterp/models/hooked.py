@@ -27,7 +27,6 @@ from mechinterp.models import attention, scoring
 from mechinterp.models.families import Dual, Family, Generative
 from mechinterp.models.grid import Grid
 from mechinterp.models.heads import inputs_of
-from mechinterp.models.preprocess import Preprocessor
 from mechinterp.models.scoring import TextSide
 from mechinterp.models.taps import attached, in_use
 from mechinterp.models.wiring import family_of, wire_up

@@ -198,7 +198,7 @@ def _image_tokens(model: HookedVLM) -> int:
 
 def _fresh(model: HookedVLM) -> TextSide:
     """The kept text side, emptied when any weight was written to since, or when it grew too large."""
-    weights = tuple(p._version for p in model.hf.parameters()) + (id(next(model.hf.parameters())),)
+    weights = (*tuple(p._version for p in model.hf.parameters()), id(next(model.hf.parameters())))
     kept = model._text
     if kept.weights != weights or len(kept.embeddings) > _KEPT:
         kept.weights = weights

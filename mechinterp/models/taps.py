@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from mechinterp.models import attention
 from mechinterp.models.norms import normalise, scale_of
 
-__all__ = ["Heads", "Input", "Norm", "Output", "Pattern", "Residual", "Row", "Tap", "attached", "attach", "in_use"]
+__all__ = ["Heads", "Input", "Norm", "Output", "Pattern", "Residual", "Row", "Tap", "attach", "attached", "in_use"]
 
 
 class Handle(Protocol):
