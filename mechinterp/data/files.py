@@ -36,11 +36,7 @@ class ImageFile:
             return load_image(self.path, self.where), {}
         from mechinterp.data.dicom import load_dicom
 
-        try:
-            return load_dicom(self.path)
-        except DataError as error:
-            found = DataError(error.what, where=self.where, hint=error.hint)
-        raise found  # outside the handler, so that no traceback chains to the other message
+        return load_dicom(self.path, where=self.where)
 
     @cached_property
     def sha256(self) -> str:

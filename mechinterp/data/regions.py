@@ -75,7 +75,9 @@ def boxes_side(column: str) -> int | None:
     return int(found[1]) if found and int(found[1]) > 0 else None
 
 
-def read_boxes(column: str, side: int, cells: Sequence[str], names: Sequence[str], lines: Sequence[int]):
+def read_boxes(
+    column: str, side: int, cells: Sequence[str], names: Sequence[str], lines: Sequence[int]
+) -> dict[str, list[Box]]:
     """Boxes of each image from cells of JSON `[[finding, x, y, width, height], ...]`.
 
     Returns `{name: [Box]}`. Raises DataError with the line of the cell that is something else.
@@ -91,7 +93,8 @@ def read_boxes(column: str, side: int, cells: Sequence[str], names: Sequence[str
             raise DataError("is not JSON", where=where, hint="write [[finding, x, y, width, height], ...]") from error
         if not isinstance(listed, list) or not all(_is_box(item) for item in listed):
             raise DataError("is not a list of [finding, x, y, width, height]", where=where)
-        boxes.setdefault(name, []).extend(Box(item[0], *(float(v) for v in item[1:]), side) for item in listed)
+        made = [Box(text, float(x), float(y), float(w), float(h), side) for text, x, y, w, h in listed]
+        boxes.setdefault(name, []).extend(made)
     return boxes
 
 
