@@ -54,8 +54,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
         partial = Path(name)
+        os.close(handle)
         yield partial
         with open(partial, "rb") as written:
             os.fsync(written.fileno())

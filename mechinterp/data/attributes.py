@@ -118,7 +118,7 @@ def _several(column: str, cells: Sequence[str], kind: Kind, remarks: list[str]):
     if len(values) > MAX_CATEGORIES:
         remarks.append(f"only the {MAX_CATEGORIES} most frequent of {len(values)} values are attributes")
     kept = sorted(values[:MAX_CATEGORIES])
-    if len(counts) > 2 and len(counts) == sum(counts.values()):
+    if kind != "finding" and len(counts) > 2 and len(counts) == sum(counts.values()):
         return [], "has another value in every row", remarks
     return _keep([_contrast(f"{column}:{value}", column, kind, cells, value) for value in kept], remarks)
 

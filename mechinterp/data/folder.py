@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mechinterp.data.attributes import Attribute, attributes_of, guess_kind, is_normal, matches
-from mechinterp.data.description import Description, default_targets, read_description
+from mechinterp.data.description import Description, TargetColumn, default_targets, read_description
 from mechinterp.data.files import ImageFile, find_image
 from mechinterp.data.imagedata import ImageData
 from mechinterp.data.regions import Box, Regions, boxes_side, read_boxes
@@ -56,6 +56,10 @@ def open_data(folder: str | Path, *, seed: int = 0) -> ImageData:
         patients = _pseudonyms(patients, files)
         name = described.name or f"dicom-folder-{_digest(*(file.name for file in files))[:8]}"
     truth = root / "truth.json"
+    labels = {
+        key: np.array([matches(cell, spec.value) for cell in table.columns[spec.column]], dtype=np.float32)
+        for key, spec in specs.items()
+    }
     return ImageData(
         name=name,
         root=root,
@@ -70,10 +74,8 @@ def open_data(folder: str | Path, *, seed: int = 0) -> ImageData:
         notes=notes,
         may_show=may_show,
         _files=tuple(files),
-        _labels={
-            key: np.array([matches(cell, spec.value) for cell in table.columns[spec.column]], dtype=np.float32)
-            for key, spec in specs.items()
-        },
+        _labels=labels,
+        _same=_same(labels, specs, attributes),
         _regions=Regions(root, boxes),
         _tables=_tables_digest(root),
     )
@@ -166,6 +168,20 @@ def _attributes(table: Table, described: Description, notes: list[str]) -> tuple
     if guessed:
         notes.append(f"no dataset.json: kinds guessed from the column names: {', '.join(guessed)}")
     return list(attributes.values()), skipped
+
+
+def _same(
+    labels: dict[str, np.ndarray], specs: dict[str, TargetColumn], attributes: Sequence[Attribute]
+) -> dict[str, str]:
+    """The attribute that says the same as each target, or its opposite; its own column's before another's."""
+    same = {}
+    for key, spec in specs.items():
+        for attribute in sorted(attributes, key=lambda a: a.column != spec.column):
+            values = attribute.values
+            if any(np.array_equal(side, labels[key], equal_nan=True) for side in (values, 1 - values)):
+                same[key] = attribute.name
+                break
+    return same
 
 
 def _reports(root: Path, files: list[ImageFile], notes: list[str]) -> tuple[str | None, ...]:

@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -22,6 +23,8 @@ from mechinterp.progress import progress
 from mechinterp.types import Target
 
 __all__ = ["ImageData"]
+
+Rows = slice | Iterable[SupportsIndex] | np.ndarray  # an array holds row numbers, or one bool for each image
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,6 +60,7 @@ class ImageData:
     may_show: Bool[np.ndarray, " image"]
     _files: tuple[ImageFile, ...]
     _labels: dict[str, Float[np.ndarray, " image"]]
+    _same: dict[str, str]  # the attribute that each target is, decided on the whole folder
     _regions: Regions
     _tables: str  # sha256 over metadata.csv and dataset.json
 
@@ -69,9 +73,7 @@ class ImageData:
             f"{len(self.attributes)} attributes, targets {list(self.targets)})"
         )
 
-    def pixels(
-        self, rows: slice | Iterable[int] | np.ndarray | None = None, size: int | None = None
-    ) -> Float[np.ndarray, "image height width"]:
+    def pixels(self, rows: Rows | None = None, size: int | None = None) -> Float[np.ndarray, "image height width"]:
         """Grey images in [0, 1] for some rows (all by default), optionally resized to `size` x `size`, antialiased.
 
         Raises DataError naming the file when an image cannot be read or, without `size`, differs in size.
@@ -95,9 +97,9 @@ class ImageData:
             out[i] = image
         return np.zeros((0, size or 0, size or 0), dtype=np.float32) if out is None else out
 
-    def record(self, row: int) -> dict[str, Any]:
+    def record(self, row: SupportsIndex) -> dict[str, Any]:
         """What was done to the pixels of one image: the DICOM steps in order; empty for PNG and JPEG."""
-        return self._files[row].load()[1]
+        return self._files[index(row)].load()[1]
 
     def attribute(self, name: str) -> Attribute:
         """The attribute called `name`. Raises UsageError listing what exists."""
@@ -115,16 +117,14 @@ class ImageData:
 
     def target_attribute(self, target: str) -> str | None:
         """The attribute that says the same as a target (or its opposite); None when no attribute does."""
-        labels = self.labels(target)
-        for attribute in self.attributes:
-            for sign in (attribute.values, 1 - attribute.values):
-                if np.array_equal(sign, labels, equal_nan=True):
-                    return attribute.name
-        return None
+        self.labels(target)  # refuses an unknown name
+        return self._same.get(target)
 
-    def mask(self, attribute: str, row: int, size: int | None = None) -> Bool[np.ndarray, "height width"] | None:
+    def mask(
+        self, attribute: str, row: SupportsIndex, size: int | None = None
+    ) -> Bool[np.ndarray, "height width"] | None:
         """Where an attribute is in one image, at the image's own size or `size` x `size`; None when nobody drew it."""
-        return self._regions.mask(self.attribute(attribute), self._files[row], size)
+        return self._regions.mask(self.attribute(attribute), self._files[index(row)], size)
 
     @cached_property
     def sha256(self) -> str:
@@ -135,7 +135,7 @@ class ImageData:
             digest.update(json.dumps([name, content]).encode())
         return digest.hexdigest()
 
-    def subset(self, rows: slice | Iterable[int] | np.ndarray) -> ImageData:
+    def subset(self, rows: Rows) -> ImageData:
         """The same data with some rows only, in the order given. Attributes stay, even if they no longer vary."""
         picked = self._rows(rows)
         return replace(
@@ -151,11 +151,11 @@ class ImageData:
             _labels={name: values[picked] for name, values in self._labels.items()},
         )
 
-    def _rows(self, rows: slice | Iterable[int] | np.ndarray | None) -> list[int]:
+    def _rows(self, rows: Rows | None) -> list[int]:
         if rows is None or isinstance(rows, slice):
             return list(range(len(self))[rows or slice(None)])
         picked = np.asarray(rows if isinstance(rows, np.ndarray | Sequence) else list(rows))
-        if picked.dtype == bool:
+        if picked.dtype == bool and picked.size:
             if picked.shape != (len(self),):
                 raise UsageError(f"a row mask must have {len(self)} values, not shape {picked.shape}", where="rows")
             picked = np.flatnonzero(picked)

@@ -44,6 +44,8 @@ def load_image(path: Path, label: str | None = None) -> Float[np.ndarray, "heigh
             return _grey(image)
     except DataError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"has pixels over the cap of {MAX_PIXELS}", where=where, hint="resize it first") from error
     except FileNotFoundError as error:
         raise DataError("no such image", where=where, hint="is the image column relative to the folder?") from error
     except OSError as error:
