@@ -1,0 +1,34 @@
+"""The lines that a verdict is drawn at, in one place. Every one is printed in the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What counts as much, as enough, and as proof.
+
+    Args:
+        harm_line: change of AUROC that matters in the clinic. 0.05 is the line of Tang et al. 2021 (BMJ Open
+            11:e053024) for subgroups of a chest X-ray model; a user may set another.
+        effect_line: causal effect that matters, in standard deviations of the score over the test images. 0.25 lies
+            between "small" (0.2) and "medium" (0.5) of Cohen 1988.
+        alpha: family-wise error of the causal tests of one audit, and 1 minus the level of its intervals.
+        min_cell: images that each of the four cells (target yes/no x attribute yes/no) needs among the test patients.
+        draws: patient-bootstrap draws.
+        random_sets: matched random feature sets for each candidate.
+        joint_sets: of these, how many are also removed together, in the model, for a candidate under suspicion.
+        max_images: test images on which features are ablated (a seeded choice of patients when there are more).
+    """
+
+    harm_line: float = 0.05
+    effect_line: float = 0.25
+    alpha: float = 0.05
+    min_cell: int = 10
+    draws: int = 2000
+    random_sets: int = 2000
+    joint_sets: int = 100
+    max_images: int = 400

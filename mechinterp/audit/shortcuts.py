@@ -1,0 +1,127 @@
+"""The shortcut table: every candidate attribute through the same questions, then the drivers that nobody named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mechinterp.audit.candidates import Candidate, Observed, observe
+from mechinterp.audit.causal import Causal, Harm, Trial, causal_effect, harm, joint_p
+from mechinterp.audit.evidence import Evidence
+from mechinterp.audit.features import Selectivity, select
+from mechinterp.audit.settings import Settings
+from mechinterp.audit.verdicts import Ruling, rule
+from mechinterp.metrics.statistics import PatientBootstrap, holm
+from mechinterp.progress import progress
+from mechinterp.types import FeatureId
+
+__all__ = ["Case", "choose_features", "shortcut_row", "try_candidates"]
+
+
+@dataclass
+class Case:
+    """One candidate and all that was found out about it, filled in step by step."""
+
+    candidate: Candidate
+    features: tuple[int, ...]
+    observed: Observed | None = None
+    causal: Causal | None = None
+    harmed: Harm | None = None
+    adjusted_p: float = float("nan")
+    gap_p: float = float("nan")
+    together_p: float = float("nan")
+    ruling: Ruling = field(default_factory=lambda: Ruling("NOT TESTED", "not looked at"))
+
+
+def choose_features(candidates: Sequence[Candidate], selectivity: Selectivity) -> list[Case]:
+    """A case with its feature set for every candidate."""
+    return [Case(candidate, select(selectivity, a)) for a, candidate in enumerate(candidates)]
+
+
+def try_candidates(
+    cases: list[Case],
+    trial: Trial,
+    evidence: Evidence,
+    bootstrap: PatientBootstrap,
+    settings: Settings,
+    seed: int,
+) -> None:
+    """Fill in every case: observe, ablate, compare with random sets, correct for their number, measure harm, rule."""
+    for case in progress(cases, "candidates", unit="candidate"):
+        case.observed = observe(case.candidate, evidence, bootstrap, settings)
+        if case.features and case.observed.smallest_cell >= settings.min_cell:
+            values = case.candidate.values[trial.position]
+            case.causal = causal_effect(trial, case.features, values, evidence.activity, settings, seed)
+            case.harmed = harm(trial, case.causal, values)
+    causal = holm(np.array([case.causal.p if case.causal else np.nan for case in cases]))
+    gaps = holm(np.array([_gap_p(case.observed, settings) for case in cases]))
+    for case, adjusted, gap in zip(cases, causal, gaps, strict=True):
+        assert case.observed is not None, "observed above"
+        case.adjusted_p, case.gap_p = float(adjusted), float(gap)
+        if case.causal and adjusted < settings.alpha and abs(case.causal.effect) >= settings.effect_line:
+            values = case.candidate.values[trial.position]
+            case.together_p = joint_p(trial, case.causal, case.features, values, evidence.activity, settings, seed)
+        case.ruling = rule(
+            case.candidate.attribute.kind,
+            case.observed,
+            case.gap_p,
+            case.causal,
+            case.adjusted_p,
+            case.together_p,
+            case.harmed,
+            settings,
+        )
+
+
+def _gap_p(observed: Observed | None, settings: Settings) -> float:
+    """Two-sided p of the observed score gap, from its bootstrap interval taken as normal."""
+    if observed is None or observed.smallest_cell < settings.min_cell:
+        return float("nan")
+    low, high = observed.score_gap_ci95
+    error = (high - low) / (2 * stats.norm.ppf(0.975))
+    return float(2 * stats.norm.sf(abs(observed.score_gap) / error)) if error > 0 else float("nan")
+
+
+def shortcut_row(case: Case, trial: Trial) -> dict[str, Any]:
+    """The row of audit.json of one attribute."""
+    seen, causal, harmed = case.observed, case.causal, case.harmed
+    assert seen is not None, "cases are tried before they are written"
+    total = np.abs(trial.push).sum()
+    mine = sum(np.abs(trial.of(feature)).sum() for feature in case.features if feature in trial.features)
+    return {
+        "candidate": case.candidate.name,
+        "kind": "attribute",
+        "column": case.candidate.attribute.column,
+        "attribute_kind": case.candidate.attribute.kind,
+        "features": [str(FeatureId(trial.placed.writes, feature)) for feature in case.features],
+        "present": seen.present,
+        "detectable_auroc": seen.detectable,
+        "association_odds_ratio": seen.association.value,
+        "association_ci95": list(seen.association.ci95),
+        "observed_score_gap": seen.score_gap,
+        "observed_ci95": list(seen.score_gap_ci95),
+        "smallest_cell": seen.smallest_cell,
+        "used_share": float(mine / total) if total > 0 else None,
+        "causal_effect": causal and causal.effect,
+        "causal_ci95": list(causal.ci95) if causal else [None, None],
+        "causal_p": causal and causal.p,
+        "causal_p_holm": case.adjusted_p,
+        "causal_p_joint": case.together_p,
+        "effect_with_attribute": causal and causal.effect_with,
+        "null_band": list(causal.null_band) if causal else [None, None],
+        "null_sets": causal.null_sets if causal else 0,
+        "detectable_effect": causal and causal.detectable_effect,
+        "harm_auroc_gap": harmed and harmed.recovered,
+        "harm_ci95": list(harmed.recovered_ci95) if harmed else [None, None],
+        "auroc_aligned": harmed and harmed.aligned,
+        "auroc_conflicting": harmed and harmed.conflicting,
+        "gap_before": harmed and harmed.gap,
+        "gap_before_ci95": list(harmed.gap_ci95) if harmed else [None, None],
+        "gap_after": harmed and harmed.gap_after,
+        "verdict": case.ruling.verdict,
+        "reason": case.ruling.reason,
+    }

@@ -1,0 +1,114 @@
+"""From numbers to FAIL, CONCERN, PASS or NOT TESTED, each with one sentence that holds its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mechinterp.audit.candidates import Observed
+from mechinterp.audit.causal import Causal, Harm
+from mechinterp.audit.settings import Settings
+from mechinterp.metrics.statistics import Interval
+
+__all__ = ["Ruling", "Verdict", "rule", "suspicious", "within", "worst"]
+
+Verdict = Literal["FAIL", "CONCERN", "PASS", "NOT TESTED"]
+_ORDER: tuple[Verdict, ...] = ("FAIL", "CONCERN", "NOT TESTED", "PASS")
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """A verdict and its reason."""
+
+    verdict: Verdict
+    reason: str
+
+
+def worst(verdicts: list[Verdict]) -> Verdict:
+    """FAIL before CONCERN before NOT TESTED before PASS; NOT TESTED when there are none."""
+    return min(verdicts, key=_ORDER.index) if verdicts else "NOT TESTED"
+
+
+def suspicious(observed: Observed, adjusted_p: float, settings: Settings) -> bool:
+    """The score differs with the attribute at the same truth, by an amount that matters and beyond chance."""
+    return bool(adjusted_p < settings.alpha and abs(observed.score_gap) >= settings.effect_line)
+
+
+def within(interval: Interval, line: float) -> bool:
+    """The whole interval lies inside +-line (False for nan)."""
+    return bool(-line < interval[0] and interval[1] < line)
+
+
+def rule(
+    kind: str,
+    observed: Observed,
+    gap_p: float,
+    causal: Causal | None,
+    adjusted_p: float,
+    removed_together_p: float,
+    harmed: Harm | None,
+    settings: Settings,
+) -> Ruling:
+    """The verdict of one attribute.
+
+    FAIL: its features move the score (Holm-adjusted p below alpha, interval without 0, effect at least `effect_line`,
+    and beyond random sets removed together) and mend at least `harm_line` of AUROC when removed (interval without 0).
+    CONCERN: they move it without proof of harm; or the score follows the attribute at the same truth by no feature
+    that we found. A finding that goes with the target can be a medical reason, so it is never FAIL.
+    PASS: the interval of the effect lies within the line, and the score does not follow the attribute.
+    NOT TESTED: everything else, with what was missing.
+    """
+    line = settings.effect_line
+    seen = f"the score differs by {_sd(observed.score_gap, observed.score_gap_ci95)} at the same label"
+    if observed.smallest_cell < settings.min_cell:
+        return Ruling(
+            "NOT TESTED",
+            f"only {observed.smallest_cell} test images in the smallest group of label x attribute "
+            f"(needs {settings.min_cell})",
+        )
+    if causal is None:
+        return _without_features(observed, gap_p, seen, settings)
+    proof = f"removing its features changes the score by {_sd(causal.effect, causal.ci95)}"
+    against = f"matched random sets: p = {_p(adjusted_p)} after Holm"
+    moves = adjusted_p < settings.alpha and not _holds_zero(causal.ci95) and not removed_together_p >= settings.alpha
+    if moves and abs(causal.effect) >= line:
+        assert harmed is not None, "harm is computed wherever an effect is"
+        mends = f"removal closes {harmed.recovered:+.3f} {_range(harmed.recovered_ci95)} of an AUROC gap of {harmed.gap:+.3f}"
+        hurts = harmed.recovered >= settings.harm_line and harmed.recovered_ci95[0] > 0
+        if kind == "finding":
+            return Ruling("CONCERN", f"{proof} ({against}); as a finding it may be a medical reason; {mends}")
+        if hurts:
+            return Ruling("FAIL", f"{proof} ({against}), and {mends}")
+        return Ruling("CONCERN", f"{proof} ({against}), but harm is not shown: {mends}")
+    if suspicious(observed, gap_p, settings):
+        return Ruling("CONCERN", f"{seen}, which the features found do not account for ({proof})")
+    if within(causal.ci95, line):
+        return Ruling("PASS", f"{proof}, within the line of {line:g} sd; {seen}")
+    return Ruling("NOT TESTED", f"too little power: {proof}; smallest detectable {causal.detectable_effect:.2f} sd")
+
+
+def _without_features(observed: Observed, gap_p: float, seen: str, settings: Settings) -> Ruling:
+    probe = f"a linear probe finds it with AUROC {observed.detectable:.2f}"
+    if suspicious(observed, gap_p, settings):
+        return Ruling("CONCERN", f"{seen}, and no feature of the dictionary is selective for it ({probe})")
+    if within(observed.score_gap_ci95, settings.effect_line):
+        return Ruling("PASS", f"no feature is selective for it ({probe}); {seen}, within the line")
+    return Ruling("NOT TESTED", f"no feature of the dictionary is selective for it ({probe}); {seen}")
+
+
+def _holds_zero(interval: Interval) -> bool:
+    return not (interval[0] > 0 or interval[1] < 0)
+
+
+def _range(interval: Interval) -> str:
+    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
+def _sd(value: float, interval: Interval) -> str:
+    return f"{value:+.2f} sd [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else "not computed" if np.isnan(value) else f"{value:.3f}"
