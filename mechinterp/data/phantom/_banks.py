@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float32
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 __all__ = ["GLYPHS", "TREES", "glyphs", "grain", "texture", "vessels"]
 
@@ -38,14 +38,14 @@ def texture() -> Float32[np.ndarray, "1024 1024"]:
 
 def _grow(draw: ImageDraw.ImageDraw, rng: np.random.Generator, at: tuple, angle: float, width: float, length: float):
     """Draw a vessel and its branches, each thinner than its parent."""
-    if width < 0.25 or length < 2:
+    if width < 0.35 or length < 3:
         return
     x, y = at
     for _ in range(int(length / 3) + 1):
         nx, ny = x + 3 * np.cos(angle), y + 3 * np.sin(angle)
-        draw.line((x, y, nx, ny), fill=int(min(255, 70 + 62 * width)), width=max(1, round(width)))
+        draw.line((x, y, nx, ny), fill=int(min(255, 45 + 60 * width)), width=max(1, round(width)))
         x, y, angle = nx, ny, angle + rng.normal(0, 0.10)
-        if rng.random() < 0.11:
+        if rng.random() < 0.07:
             _grow(draw, rng, (x, y), angle + rng.choice((-1, 1)) * rng.uniform(0.4, 0.9), width * 0.62, length * 0.5)
     for turn in (rng.uniform(0.15, 0.45), -rng.uniform(0.15, 0.45)):
         _grow(draw, rng, (x, y), angle + turn, width * 0.7, length * 0.62)
@@ -56,16 +56,19 @@ def vessels(size: int) -> Float32[np.ndarray, "tree height width"]:
     """Trees of `TREES` left lungs on a canvas of [1.5 size, size], hilum at (0.75 size, 0). Mirror for the right."""
     out = []
     high, wide = size * 3 // 2, size
-    scale = 512 / size
+    scale = 384 / size
     for tree in range(TREES):
         rng = np.random.Generator(np.random.Philox(100 + tree))
         canvas = Image.new("L", (int(wide * scale), int(high * scale)))
         draw = ImageDraw.Draw(canvas)
-        for angle in np.linspace(-1.35, 1.35, 9):
-            start = (rng.uniform(18, 34), high * scale / 2 + 45 * np.sin(angle) + rng.uniform(-8, 8))
-            _grow(draw, rng, start, angle + rng.normal(0, 0.1), rng.uniform(4.0, 6.5), rng.uniform(55, 75))
-        small = canvas.resize((wide, high), Image.Resampling.BOX)
-        out.append(np.asarray(small, np.float32) / 255.0)
+        for angle in np.linspace(-1.4, 1.4, 8):
+            start = (rng.uniform(12, 24), high * scale / 2 + 32 * np.sin(angle) + rng.uniform(-6, 6))
+            _grow(draw, rng, start, angle + rng.normal(0, 0.1), rng.uniform(3.0, 4.6), rng.uniform(38, 56))
+        small = canvas.filter(ImageFilter.GaussianBlur(0.45 * scale)).resize((wide, high), Image.Resampling.BOX)
+        tree_map = np.asarray(small, np.float32) / 255.0
+        # vessels thin out towards the periphery
+        y, x = np.mgrid[:high, :wide] / size
+        out.append(tree_map * np.exp(-2.6 * np.hypot(x, y - 0.75)).astype(np.float32))
     return np.stack(out)
 
 

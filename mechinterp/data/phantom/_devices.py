@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import numpy as np
 from jaxtyping import Float32
 
@@ -18,26 +21,42 @@ def stroke(canvas: Map, x: np.ndarray, v: np.ndarray, width: float) -> None:
     n, size, _ = canvas.shape
     w = max(width * size, 0.9)
     r = int(np.ceil(w)) + 1
-    col, row = x * size - 0.5, v * size - 0.5
-    c0, r0 = np.floor(col).astype(np.int64), np.floor(row).astype(np.int64)
-    step = np.arange(-r + 1, r + 1)
-    cc, rr = c0[:, :, None, None] + step[None, None, None, :], r0[:, :, None, None] + step[None, None, :, None]
-    d2 = (cc - col[:, :, None, None]) ** 2 + (rr - row[:, :, None, None]) ** 2
-    value = np.maximum(1.0 - d2 / (w + 0.5) ** 2, 0.0).astype(np.float32)
-    keep = (cc >= 0) & (cc < size) & (rr >= 0) & (rr < size) & (value > 0)
-    flat = (np.arange(n)[:, None, None, None] * size + np.clip(rr, 0, size - 1)) * size + np.clip(cc, 0, size - 1)
+    col, row = (x * size - 0.5).astype(np.float32), (v * size - 0.5).astype(np.float32)
+    c0, r0 = np.floor(col), np.floor(row)
+    step = np.arange(-r + 1, r + 1, dtype=np.float32)
+    near_c, near_r = c0[:, :, None] + step, r0[:, :, None] + step
+    d2 = ((near_r - row[:, :, None]) ** 2)[..., None] + ((near_c - col[:, :, None]) ** 2)[:, :, None]
+    value = 1.0 - d2 * np.float32(1.0 / (w + 0.5) ** 2)
+    inside = ((near_r >= 0) & (near_r < size))[..., None] & ((near_c >= 0) & (near_c < size))[:, :, None]
+    keep = inside & (value > 0)
+    start = np.arange(n)[:, None, None] * size
+    flat = ((start + near_r.astype(np.int64)) * size)[..., None] + near_c.astype(np.int64)[:, :, None]
     np.maximum.at(canvas.reshape(-1), flat[keep], value[keep])
 
 
-def _curve(points: list[tuple[np.ndarray, np.ndarray]], samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Catmull-Rom spline through points (each a pair of [n] arrays): x and v of shape [n, samples]."""
-    knots = np.stack([np.stack(np.broadcast_arrays(*p), -1) for p in points], 1).astype(np.float64)
-    knots = np.concatenate([2 * knots[:, :1] - knots[:, 1:2], knots, 2 * knots[:, -1:] - knots[:, -2:-1]], 1)
-    t = np.linspace(0, len(points) - 1 - 1e-9, samples)
-    i, u = t.astype(int), (t - t.astype(int))[None, :, None]
-    a, b, c, d = (knots[:, i + k] for k in range(4))
-    out = 0.5 * (2 * b + (c - a) * u + (2 * a - 5 * b + 4 * c - d) * u**2 + (3 * b - a - 3 * c + d) * u**3)
-    return out[..., 0], out[..., 1]
+@lru_cache(maxsize=64)
+def _spline(knots: int, samples: int) -> np.ndarray:
+    """Weights [knot, sample] of a Catmull-Rom spline through the knots, its ends extended straight on."""
+    t = np.linspace(0, knots - 1 - 1e-9, samples)
+    i, u = t.astype(int), t - t.astype(int)
+    pieces = (-u + 2 * u**2 - u**3, 2 - 5 * u**2 + 3 * u**3, u + 4 * u**2 - 3 * u**3, -(u**2) + u**3)
+    padded = np.zeros((knots + 2, samples))
+    for k, piece in enumerate(pieces):
+        padded[i + k, np.arange(samples)] += 0.5 * piece
+    weights = padded[1:-1].copy()
+    for inner, outer, first, second in ((0, 0, 0, 1), (-1, -1, -1, -2)):
+        weights[first] += 2 * padded[outer]
+        weights[second] -= padded[inner]
+    return weights
+
+
+def _curve(points: Sequence[np.ndarray], samples: int) -> np.ndarray:
+    """The spline through coordinates `points` (each [n]), as [n, samples]."""
+    weights = _spline(len(points), samples)
+    out = points[0][:, None] * weights[0]
+    for point, weight in zip(points[1:], weights[1:], strict=True):
+        out += point[:, None] * weight
+    return out
 
 
 class _Pen:
@@ -46,7 +65,7 @@ class _Pen:
     def __init__(self, s: Scene, seed: int, name: str):
         self.s, self.seed, self.name, self.drawn = s, seed, name, 0
         self.canvas = np.zeros((len(s), s.size, s.size), np.float32)
-        self.samples = int(1.5 * s.size)
+        self.samples = int(1.1 * s.size)
 
     def p(self, name: str) -> np.ndarray:
         return self.s.p[name].ravel().astype(np.float64)
@@ -57,7 +76,8 @@ class _Pen:
 
     def path(self, points: list, width: float, share: float = 1.0) -> None:
         cx = self.p("cx")
-        x, v = _curve([(cx + px, pv + 0 * cx) for px, pv in points], max(8, int(self.samples * share)))
+        samples = int(self.samples * share)
+        x, v = _curve([cx + px for px, _ in points], samples), _curve([cx * 0 + pv for _, pv in points], samples)
         stroke(self.canvas, x, v, width)
 
 
@@ -83,7 +103,7 @@ def pacemaker(s: Scene, seed: int) -> Map:
     pen = _Pen(s, seed, "pacemaker")
     sign = np.where(s.f["pacemaker_side"] == 1, 1.0, -1.0)
     apex, dome = pen.p("apex"), pen.p("dome")
-    gx, gv = 0.285 + pen.jitter(0.015), apex + 0.115 + pen.jitter(0.015)
+    gx, gv = 0.320 + pen.jitter(0.012), apex + 0.090 + pen.jitter(0.015)
     dx = (s.x - (sign * gx)[:, None, None].astype(np.float32)) / np.float32(0.056)
     dv = (s.v - gv[:, None, None].astype(np.float32)) / np.float32(0.043)
     box = smooth((1.0 - (dx**4 + dv**4)) * 2.5)
@@ -107,7 +127,9 @@ def ecg_leads(s: Scene, seed: int) -> Map:
     for x0, v0 in spots:
         ex, ev = x0 + pen.jitter(0.03), v0 + pen.jitter(0.025)
         half = ((ex * 0.4 + exit_x * 0.6) + pen.jitter(0.07), ev * 0.45 + 0.55 + pen.jitter(0.02))
-        pen.path([(ex, ev), ((ex * 0.8 + exit_x * 0.2) + pen.jitter(0.04), ev + 0.14), half, (exit_x, 1.02)], 0.0042, 0.9)
+        pen.path(
+            [(ex, ev), ((ex * 0.8 + exit_x * 0.2) + pen.jitter(0.04), ev + 0.14), half, (exit_x, 1.02)], 0.0042, 0.9
+        )
         turn = np.linspace(0, 2 * np.pi, 28)[None, :]
         cx = pen.p("cx")[:, None]
         stroke(pen.canvas, cx + ex[:, None] + 0.017 * np.cos(turn), ev[:, None] + 0.017 * np.sin(turn), 0.007)

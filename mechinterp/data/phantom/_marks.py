@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float32
 
 from mechinterp.data.phantom._banks import glyphs
 from mechinterp.data.phantom._random import uniform
-from mechinterp.data.phantom._scene import Scene, smooth
+from mechinterp.data.phantom._scene import Scene, ramp
 
 __all__ = ["border", "letter", "portable", "signature"]
 
@@ -61,11 +61,11 @@ def portable(s: Scene, seed: int) -> Marks:
 
 
 def border(s: Scene, seed: int) -> Float32[np.ndarray, "n height width"]:
-    """Openness of the collimator in [0, 1]: scanner beta leaves a slightly turned dark frame; alpha opens fully."""
+    """Openness of the collimator of scanner beta in [0, 1]: it leaves a slightly turned dark frame (alpha opens fully)."""
     image = s.f["image"]
     wide = [_spot(seed, f"border/{k}", image, 0.012, 0.045)[:, None, None].astype(np.float32) for k in range(4)]
     turn = _spot(seed, "border/turn", image, -0.03, 0.03)[:, None, None].astype(np.float32)
     u = s.x + s.p["cx"] + turn * (s.v - 0.5)
     w = s.v - turn * (u - 0.5)
     inside = np.minimum(np.minimum(u - wide[0], 1 - wide[1] - u), np.minimum(w - wide[2], 1 - wide[3] - w))
-    return np.where(s.f["scanner"][:, None, None] == 1, smooth(inside * 120.0 + 0.5), np.float32(1.0))
+    return ramp(inside * 100.0 + 0.5)

@@ -21,12 +21,13 @@ __all__ = ["CHUNK", "factor_mask", "render_chunk"]
 CHUNK = 8  # images; small enough for the layers to stay in the cache
 
 _DEVICES: dict[str, tuple[Callable, float, float]] = {  # painter, opacity, brightness
-    "drain": (_devices.drain, 0.62, 0.95),
-    "line": (_devices.line, 0.70, 0.95),
-    "ecg_leads": (_devices.ecg_leads, 0.66, 0.92),
-    "pacemaker": (_devices.pacemaker, 0.96, 0.97),
+    "drain": (_devices.drain, 0.68, 0.98),
+    "line": (_devices.line, 0.85, 1.0),
+    "ecg_leads": (_devices.ecg_leads, 0.72, 1.0),
+    "pacemaker": (_devices.pacemaker, 0.97, 1.0),
 }
-_THRESHOLD = 0.12  # of a layer's weight, above which its mask holds
+_THRESHOLD = 0.12  # of a layer's weight, above which its mask holds; less where the edge is soft
+_SOFT = {"effusion": 0.03, "consolidation": 0.03, "edema": 0.03}
 
 
 def _present(s: Scene, name: str) -> np.ndarray:
@@ -39,23 +40,23 @@ def _attenuation(s: Scene, seed: int) -> Float32[np.ndarray, "n height width"]:
     detail = vascular(s) * air
     rows = _present(s, "edema")
     if len(rows):
-        detail[rows] *= 1.25
-        detail[rows] += 0.26 * _findings.edema(s.rows(rows), seed)
+        detail[rows] *= 0.85
+        detail[rows] += 0.27 * _findings.edema(s.rows(rows), seed)
     rows = _present(s, "atelectasis")
     if len(rows):
-        detail[rows] += 0.30 * _findings.atelectasis(s.rows(rows), seed) * air[rows]
+        detail[rows] += 0.42 * _findings.atelectasis(s.rows(rows), seed)
     rows = _present(s, "consolidation")
     if len(rows):
-        weight = _findings.consolidation(s.rows(rows), seed) * air[rows]
-        detail[rows] = detail[rows] * (1.0 - 0.6 * weight) + 0.44 * weight
+        weight = _findings.consolidation(s.rows(rows), seed) * (1.0 - 0.5 * s.heart[rows])
+        detail[rows] = detail[rows] * (1.0 - 0.6 * weight) + 0.50 * weight
     rows = _present(s, "pneumothorax")
     if len(rows):
         gap, pleura = _findings.pneumothorax(s.rows(rows), seed)
-        detail[rows] = detail[rows] * (1.0 - gap) - 0.085 * gap * s.lung[rows] + 0.17 * pleura
+        detail[rows] = detail[rows] * (1.0 - gap) - 0.105 * gap * s.lung[rows] + 0.17 * pleura
     rows = _present(s, "effusion")
     if len(rows):
         weight = _findings.effusion(s.rows(rows), seed) * np.minimum(1.5 * s.lung[rows], 1.0)
-        detail[rows] = detail[rows] * (1.0 - 0.9 * weight) + 0.60 * weight * air[rows]
+        detail[rows] = detail[rows] * (1.0 - 0.9 * weight) + weight * (0.58 * air[rows] + 0.09)
     rows = _present(s, "nodule")
     if len(rows):
         detail[rows] += 0.34 * _findings.nodule(s.rows(rows), seed)
@@ -67,9 +68,9 @@ def _tone(s: Scene, depth: np.ndarray) -> np.ndarray:
     """Detector and display: a saturating curve, steeper on scanner beta; exposure scales the attenuation."""
     beta = s.f["scanner"].astype(np.float32)[:, None, None]
     exposure = s.f["exposure"].astype(np.float32)[:, None, None]
-    z = np.maximum(depth, 0.0) * (1.0 + 0.16 * exposure)
+    z = np.maximum(depth, 0.0) * (1.0 + 0.20 * exposure)
     z = z * (1.05 - 0.22 * beta + (0.55 + 0.42 * beta) * z)
-    value = 0.015 + 0.97 * (1.0 - np.exp(-z))
+    value = 0.015 + 0.935 * (1.0 - np.exp(-z))
     vignette = 1.0 - 0.30 * (1.0 - 0.4 * beta) * ((s.v - 0.5) ** 2 + s.x * s.x)
     return value * vignette
 
@@ -83,10 +84,12 @@ def render_chunk(f: dict[str, np.ndarray], seed: int, size: int) -> UInt8[np.nda
         if len(rows):
             weight = opacity * painter(s.rows(rows), seed)
             value[rows] += weight * (bright - value[rows])
-    sigma = (0.010 + 0.022 * s.f["noise"]).astype(np.float32)[:, None, None]
+    sigma = (0.006 + 0.014 * s.f["noise"]).astype(np.float32)[:, None, None]
     value += sigma * (0.45 + 0.8 * value) * cut(grain(), s.p["roll"], size, 4)
-    value *= _marks.border(s, seed)
-    value[_marks.letter(s, seed)] = 0.97
+    rows = _present(s, "scanner")
+    if len(rows):
+        value[rows] *= _marks.border(s.rows(rows), seed)
+    value[_marks.letter(s, seed)] = 0.98
     rows = _present(s, "portable")
     if len(rows):
         burned = value[rows]
@@ -125,5 +128,5 @@ def factor_mask(f: dict[str, np.ndarray], seed: int, size: int, name: str) -> Bo
     out = np.zeros((len(s), size, size), bool)
     rows = _present(s, name)
     if len(rows):
-        out[rows] = _weights(s.rows(rows), seed, name) > _THRESHOLD
+        out[rows] = _weights(s.rows(rows), seed, name) > _SOFT.get(name, _THRESHOLD)
     return out

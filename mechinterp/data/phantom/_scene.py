@@ -15,27 +15,43 @@ from jaxtyping import Float32
 
 from mechinterp.data.phantom._random import normal, uniform
 
-__all__ = ["Scene", "bump", "make_scene", "rounded", "smooth"]
+__all__ = ["Scene", "bump", "make_scene", "ramp", "rounded", "smooth"]
 
 Array = np.ndarray
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_clip = np.clip
+
+
+def ramp(t: Array) -> Array:
+    """t clipped to [0, 1]: a sharp edge, one or two pixels wide."""
+    return _clip(t, _ZERO, _ONE)
 
 
 def smooth(t: Array) -> Array:
     """Smoothstep of t clipped to [0, 1]; compact, so that what it bounds has an end."""
-    t = np.clip(t, 0.0, 1.0)
-    return t * t * (3.0 - 2.0 * t)
+    t = _clip(t, _ZERO, _ONE)
+    out = t * np.float32(-2.0)
+    out += np.float32(3.0)
+    out *= t
+    out *= t
+    return out
 
 
 def rounded(t: Array) -> Array:
     """0 below 0, rising steeply and levelling at 1: the depth of a round body seen edge on."""
-    t = 1.0 - np.clip(t, 0.0, 1.0)
-    return 1.0 - t * t
+    t = _clip(t, _ZERO, _ONE)
+    out = np.float32(2.0) - t
+    out *= t
+    return out
 
 
 def bump(t: Array) -> Array:
     """(1 - t^2)^2 inside |t| < 1, else 0."""
-    t = np.maximum(1.0 - t * t, 0.0)
-    return t * t
+    t = t * t
+    np.subtract(_ONE, t, out=t)
+    np.maximum(t, _ZERO, out=t)
+    t *= t
+    return t
 
 
 @dataclass
@@ -61,11 +77,26 @@ class Scene:
 
     def rows(self, rows: Array) -> Scene:
         """The scene of some of the images."""
+        if len(rows) == len(self):
+            return self
         whole = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         pick = {name: value if name == "v" else value[rows] for name, value in whole.items()}
         f = {name: value[rows] for name, value in self.f.items()}
         p = {name: value[rows] for name, value in self.p.items()}
         return Scene(size=self.size, f=f, p=p, **pick)
+
+    def window(self, top: float, bottom: float, start: float = 0.0, stop: float = 1.0) -> tuple[tuple, Scene]:
+        """A view of part of the image (in image sides): (index into [n, row, column] maps, scene)."""
+        r, c = (
+            slice(int(top * self.size), int(bottom * self.size)),
+            slice(int(start * self.size), int(stop * self.size)),
+        )
+        maps = {
+            name: value[:, r if value.shape[1] > 1 else slice(None), c if value.shape[2] > 1 else slice(None)]
+            for name, value in vars(self).items()
+            if isinstance(value, np.ndarray)
+        }
+        return (slice(None), r, c), Scene(size=self.size, f=self.f, p=self.p, **maps)
 
     def side(self, which: Array) -> Array:
         """1 on the half of side `which` (0 right, 1 left, 2 both), else 0."""
@@ -83,20 +114,20 @@ def _axis(size: int) -> Float32[Array, " size"]:
 
 
 _PATIENT = {  # name: (mean, spread); varies between patients
-    "hw": (0.355, 0.022),
-    "apex": (0.150, 0.018),
-    "dome": (0.735, 0.026),
+    "hw": (0.378, 0.026),
+    "apex": (0.125, 0.018),
+    "dome": (0.765, 0.032),
     "dome_step": (0.028, 0.008),
-    "body": (0.455, 0.022),
+    "body": (0.475, 0.020),
     "knob": (0.078, 0.008),
-    "heart_r": (0.158, 0.010),
-    "heart_tilt": (0.55, 0.12),
+    "heart_r": (0.172, 0.010),
+    "heart_tilt": (0.75, 0.12),
     "rib_gap": (0.0800, 0.0035),
     "rib_slope": (0.36, 0.06),
     "bone": (1.0, 0.15),
     "clavicle": (0.02, 0.012),
     "vessel": (1.0, 0.18),
-    "fat": (1.0, 0.14),
+    "fat": (1.0, 0.18),
     "gas": (0.0, 1.0),
 }
 _IMAGE = {  # varies between images of a patient: position and breath
@@ -110,8 +141,9 @@ _IMAGE = {  # varies between images of a patient: position and breath
 def _numbers(seed: int, f: Mapping[str, Array]) -> dict[str, Array]:
     p = {}
     for table, key in ((_PATIENT, "patient"), (_IMAGE, "image")):
-        for name, (mean, spread) in table.items():
-            p[name] = mean + spread * normal(seed, f"anatomy/{name}", f[key])
+        drawn = normal(seed, [f"anatomy/{name}" for name in table], f[key])
+        for (name, (mean, spread)), value in zip(table.items(), drawn, strict=True):
+            p[name] = mean + spread * value
     ap, male, age = f["view"], f["sex"], (f["age"] - 55) / 35.0
     p["hw"] = p["hw"] * (1 + 0.02 * male) - 0.012 * ap
     p["apex"] = p["apex"] + p["top"] - 0.012 * ap
@@ -139,18 +171,25 @@ def make_scene(seed: int, size: int, f: Mapping[str, Array]) -> Scene:
     # dome: highest at the middle of each side, falling to the lateral sulcus and a little to the heart
     centre = np.where(left, np.float32(0.19), np.float32(0.16))
     out = (a - centre) / (p["hw"] - centre)
-    dome = p["dome"] + np.where(left, p["dome_step"], np.float32(0.0)) + np.where(out > 0, 0.105, 0.035) * out * out
+    dome = (
+        p["dome"]
+        + np.where(left, p["dome_step"], np.float32(0.0))
+        + np.where(out > 0, np.float32(0.105), np.float32(0.035)) * out * out
+    )
     height = dome - v
     lung = rounded((lateral - a) * 9.0) * rounded((a - medial) * 16.0) * rounded(height * 22.0)
     lung *= smooth((v - p["apex"]) * 40.0)
-    return Scene(size, dict(f), p, x, v, a, left, lung, lateral, medial, dome, height, _heart(p, x, v))
+    s = Scene(size, dict(f), p, x, v, a, left, lung, lateral, medial, dome, height, np.zeros_like(lung))
+    where, below = s.window(0.25, 1.0)
+    s.heart[where] = _heart(p, below.x, below.v)
+    return s
 
 
 def _heart(p: Mapping[str, Array], x: Array, v: Array) -> Array:
     """Depth of the heart in [0, 1]: an ellipse leaning to the patient's left, resting on the diaphragm."""
     r = p["heart_r"]
-    dx, dv = x - (0.30 * r + 0.012), v - (p["dome"] - 0.62 * r + 0.015)
-    along = dx + p["heart_tilt"] * dv
-    across = dv - 0.25 * p["heart_tilt"] * dx
-    d2 = (along / r) ** 2 + (across / (0.84 * r + 0.006)) ** 2
+    dx, dv = x - (0.24 * r + 0.014), v - (p["dome"] - 0.42 * r + 0.012)
+    turn = p["heart_tilt"]
+    along, across = dx + 0.75 * turn * dv, dv - 0.55 * turn * dx
+    d2 = (along / (1.04 * r)) ** 2 + (across / (0.78 * r + 0.006)) ** 2
     return rounded((1.0 - d2) * 1.15)

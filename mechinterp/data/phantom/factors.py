@@ -133,7 +133,7 @@ def sample_factors(n: int, seed: int, associations: Mapping[tuple[str, str], flo
     for name, factor in FACTORS.items():
         if name not in table and factor.rate is not None:
             table[name] = _shortcut(name, factor, seed, table, dials)
-    table["exposure"] = np.round(np.clip(normal(seed, "exposure", image) * 0.4, -1, 1), 4)
+    table["exposure"] = np.round(np.clip(normal(seed, ["exposure"], image)[0] * 0.4, -1, 1), 4)
     table["noise"] = np.round(uniform(seed, "noise", image), 4)
     size = 0.35 + 0.65 * uniform(seed, "breast", patient)
     table["breast"] = np.where(table["sex"] == 0, np.round(size, 4), 0.0)

@@ -108,7 +108,9 @@ def _caption(row: Row, seed: int) -> str:
     def joined(words: list[str]) -> str:
         return " , ".join((["no acute finding"] if healthy else []) + words)
 
-    sided = [f"{SIDES[int(row[f'{n}_side'])]} {FACTORS[n].phrase}" if n in _SIDED else FACTORS[n].phrase for n in present]
+    sided = [
+        f"{SIDES[int(row[f'{n}_side'])]} {FACTORS[n].phrase}" if n in _SIDED else FACTORS[n].phrase for n in present
+    ]
     plain = [FACTORS[name].phrase for name in present]
     head = choose.one("head", CAPTION_HEADS)
     without = f" {NOT_THIS} {FACTORS[choose.one('without', absent)].phrase}" if absent else ""
@@ -201,7 +203,18 @@ def mentions(report: str) -> dict[str, int | None]:
 
 
 def _vocabulary() -> tuple[str, ...]:
-    texts = [*OPENING, *CLOSING, *NORMAL, *CLEAR, *HEART_NORMAL, *ABSENT, *CAPTION_HEADS, *SHORT.values(), *SIDES, *ZONES]
+    texts = [
+        *OPENING,
+        *CLOSING,
+        *NORMAL,
+        *CLEAR,
+        *HEART_NORMAL,
+        *ABSENT,
+        *CAPTION_HEADS,
+        *SHORT.values(),
+        *SIDES,
+        *ZONES,
+    ]
     texts += [text for options in (*PRESENT.values(), *DEVICES.values()) for text in options]
     texts += [band(name, size) for name in FINDINGS for size in (0.1, 0.5, 0.9)]
     texts += [text for name in MENTIONED for text in prompts(name)]
