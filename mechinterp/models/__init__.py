@@ -2,7 +2,8 @@
 
     from mechinterp.models import HookedVLM
 
-The names below are imported on first use; importing this package loads neither torch nor transformers.
+The names below are imported on first use; importing this package loads neither torch nor transformers. The check of a
+user's own model is `mechinterp.models.doctor.doctor`.
 """
 
 from __future__ import annotations
@@ -12,26 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechinterp.models.bundles import bundled
-    from mechinterp.models.doctor import Check, doctor, verify_freeze
-    from mechinterp.models.families import Family, families
+    from mechinterp.models.freeze import Check, verify_freeze
     from mechinterp.models.hooked import HookedVLM
+    from mechinterp.models.tables import Family, families
 
-__all__ = ["Check", "Family", "HookedVLM", "bundled", "doctor", "families", "verify_freeze"]
+__all__ = ["Check", "Family", "HookedVLM", "bundled", "families", "verify_freeze"]
 
 _HOMES = {
-    "Check": "doctor",
-    "Family": "families",
+    "Check": "freeze",
+    "Family": "tables",
     "HookedVLM": "hooked",
     "bundled": "bundles",
-    "doctor": "doctor",
-    "families": "families",
-    "verify_freeze": "doctor",
+    "families": "tables",
+    "verify_freeze": "freeze",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        found = getattr(import_module(f"mechinterp.models.{_HOMES[name]}"), name)
-        globals()[name] = found  # so that `doctor` stays the function, not the submodule of the same name
-        return found
+        return getattr(import_module(f"mechinterp.models.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.errors import ModelError, UsageError
-from mechinterp.models.families import Family
 from mechinterp.models.preprocess import Preprocessor
+from mechinterp.models.tables import Family
 
 __all__ = ["Grid"]
 

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.errors import ModelError, UsageError
-from mechinterp.models.families import Classifier, Dual, Family, Features, Generative
 from mechinterp.models.prompts import answer_token, image_mask
+from mechinterp.models.tables import Classifier, Dual, Family, Features, Generative
 from mechinterp.models.wiring import find
 from mechinterp.types import ImageTextBatch, Target
 

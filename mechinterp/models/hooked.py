@@ -24,10 +24,10 @@ from transformer_lens.HookedRootModule import HookedRootModule
 
 from mechinterp.errors import ModelError, UsageError
 from mechinterp.models import attention, scoring
-from mechinterp.models.families import Dual, Family, Generative
 from mechinterp.models.grid import Grid
 from mechinterp.models.heads import inputs_of
 from mechinterp.models.scoring import TextSide
+from mechinterp.models.tables import Dual, Family, Generative
 from mechinterp.models.taps import attached, in_use
 from mechinterp.models.wiring import family_of, wire_up
 from mechinterp.types import ImageTextBatch, Target
@@ -35,14 +35,13 @@ from mechinterp.types import ImageTextBatch, Target
 __all__ = ["HookedVLM"]
 
 Names = str | Sequence[str] | Callable[[str], bool] | None
-Tower = Literal["vision", "text"]
 
 
 class HookedVLM(HookedRootModule):
     """A transformers vision-language model with hook points, its own preprocessing, and scores for targets.
 
     Args:
-        hf: a built transformers model of a known family (`mechinterp.models.families()`). It stays as it is.
+        hf: a built transformers model of a known family (`mechinterp.models.tables()`). It stays as it is.
         processor: its transformers processor, or anything with an `image_processor` and, for models that read text,
             a `tokenizer`.
         name: what to call it in reports.
@@ -108,21 +107,20 @@ class HookedVLM(HookedRootModule):
         """Hook names that match a glob, in the order in which a value meets them."""
         return [name for name in self.hook_dict if fnmatchcase(name, pattern)]
 
-    def blocks(self, tower: Tower = "vision") -> Sequence[nn.Module]:
+    def blocks(self, tower: str = "vision") -> Sequence[nn.Module]:
         """The transformer blocks of a tower that can matter to the output."""
         if tower not in self._blocks:
             raise UsageError(f"the {self.family} family has no {tower} tower", hint=f"it has {', '.join(self.towers)}")
         return self._blocks[tower]
 
-    def n_layers(self, tower: Tower = "vision") -> int:
+    def n_layers(self, tower: str = "vision") -> int:
         """Number of blocks with hook points (a LLaVA projector may leave the last vision blocks unread)."""
         return len(self.blocks(tower))
 
-    def d_model(self, tower: Tower = "vision") -> int:
+    def d_model(self, tower: str = "vision") -> int:
         """Width of the residual stream of a tower."""
-        config = self.blocks(tower) and self.hf.config
-        nested = {"vision": getattr(config, "vision_config", config), "text": getattr(config, "text_config", config)}
-        return int(nested[tower].hidden_size)
+        self.blocks(tower)  # raises where there is no such tower
+        return int(getattr(self.hf.config, f"{tower}_config", self.hf.config).hidden_size)
 
     @property
     def grid_shape(self) -> tuple[int, int]:
@@ -273,12 +271,21 @@ class HookedVLM(HookedRootModule):
 
         Raises ModelError for an unknown name, UsageError when a named point was not reached (no text in the batch).
         """
-        if names_filter is not None and not callable(names_filter):
-            patterns = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-            names_filter = [name for p in patterns for name in (self.sites(p) if "*" in p else [self.point(p).name])]
-        output, cache = super().run_with_cache(*args, names_filter=names_filter, **kwargs)
-        if isinstance(names_filter, list):
-            missed = [name for name in names_filter if name not in cache]
-            if missed:
-                raise UsageError(f"the run did not reach {', '.join(missed[:3])}", hint="does the batch hold text?")
+        if names_filter is None or callable(names_filter):
+            return super().run_with_cache(*args, names_filter=names_filter, **kwargs)
+        names = self._named([names_filter] if isinstance(names_filter, str) else names_filter)
+        output, cache = super().run_with_cache(*args, names_filter=names, **kwargs)
+        missed = [name for name in names if name not in cache]
+        if missed:
+            raise UsageError(f"the run did not reach {', '.join(missed[:3])}", hint="does the batch hold text?")
         return output, cache
+
+    def _named(self, patterns: Sequence[str]) -> list[str]:
+        """Hook names of names and globs. Raises ModelError where nothing answers to one."""
+        names: list[str] = []
+        for pattern in patterns:
+            found = self.sites(pattern) if "*" in pattern else []
+            if not found:
+                self.point(pattern)
+            names += found or [pattern]
+        return names

@@ -23,8 +23,8 @@ import torch
 
 from mechinterp.errors import MechInterpError, ModelError
 from mechinterp.models.bundles import bundled, bundled_folder
-from mechinterp.models.families import Dual, Family, Generative, families
 from mechinterp.models.preprocess import Preprocessor
+from mechinterp.models.tables import Dual, Family, Generative, families
 from mechinterp.models.weights import check_config_sizes, check_fit, weight_shapes
 
 __all__ = ["Processor", "load"]
@@ -220,7 +220,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(50)  # critical: nothing is logged at that level
     logging.disable_progress_bar()
     try:
         yield

@@ -189,7 +189,7 @@ def _normalises(config: Mapping[str, Any]) -> bool:
     return bool(config.get("do_normalize", True))
 
 
-def _number(value: Any, where: str, low: float, high: float, whole: bool = False) -> Any:
+def _number(value: Any, where: str, low: int | float, high: int | float, whole: bool = False) -> Any:
     wanted = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, wanted) or not low <= value <= high:
         raise ModelError(f"is {value!r}, not a number from {low:g} to {high:g}", where=where)

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechinterp.errors import ModelError, UsageError
-from mechinterp.models.families import Generative
+from mechinterp.models.tables import Generative
 
 __all__ = ["answer_token", "decode", "prompt_ids", "tokenize"]
 

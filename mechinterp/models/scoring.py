@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mechinterp.errors import ModelError, UsageError
 from mechinterp.models import heads
-from mechinterp.models.families import Classifier, Dual, Family, Features, Generative
 from mechinterp.models.preprocess import Preprocessor
 from mechinterp.models.prompts import decode, prompt_ids, same_prompt, tokenize
+from mechinterp.models.tables import Classifier, Dual, Family, Features, Generative
 from mechinterp.types import ImageTextBatch, Target
 
 if TYPE_CHECKING:

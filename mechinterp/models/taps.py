@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, assert_never
+from typing import Any, Protocol, assert_never, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from mechinterp.models.norms import normalise, scale_of
 __all__ = ["Heads", "Input", "Norm", "Output", "Pattern", "Residual", "Row", "Tap", "attach", "attached", "in_use"]
 
 
+@runtime_checkable
 class Handle(Protocol):
     """What a registered hook gives back."""
 

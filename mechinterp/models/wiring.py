@@ -10,8 +10,8 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from mechinterp.errors import ModelError
-from mechinterp.models.families import Block, Family, Tower, Wire, families
 from mechinterp.models.norms import check_norm
+from mechinterp.models.tables import Block, Family, Tower, Wire, families
 from mechinterp.models.taps import Heads, Input, Norm, Output, Pattern, Residual, Row, Tap
 
 __all__ = ["Wiring", "family_of", "find", "wire_up"]

@@ -1,0 +1,167 @@
+"""Are the freezes real? A point that is said to freeze a nonlinearity must move the output when edited, and take the
+nonlinearity out of the gradient when detached. Attribution rests on this, so it is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from mechinterp.errors import MechInterpError
+from mechinterp.models import scoring
+from mechinterp.models.tables import Classifier, Dual, Features, Generative
+from mechinterp.models.taps import Norm, Pattern, Tap
+from mechinterp.models.wiring import find
+from mechinterp.types import ImageTextBatch, Target
+
+if TYPE_CHECKING:
+    from mechinterp.models.hooked import HookedVLM
+
+__all__ = ["Check", "attempt", "example_target", "moves", "primary", "verify_freeze", "with_text"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: what was checked, whether it held, and the numbers."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def verify_freeze(model: HookedVLM, batch: ImageTextBatch, names: Sequence[str] | None = None) -> list[Check]:
+    """For each `hook_pattern` and `hook_scale`: an edit moves the output, and a detach makes the part linear.
+
+    A detached pattern: the gradient at the queries is zero (and is not, when it is left alone).
+    A detached scale: the norm is homogeneous in its centred input, so `grad(v . y) . x = v . (y - bias)`; left alone,
+    the norm ignores the length of its input and that product is near zero.
+    """
+    batch = with_text(model, batch)
+    wanted = [n for n in model.hook_dict if n.endswith(("hook_pattern", "hook_scale"))] if names is None else names
+    with torch.no_grad():
+        before = primary(model, model(batch))
+    checks = []
+    for name in wanted:
+        moved = moves(model, batch, name, before)
+        tap = next(t for t in model._taps if model.point(name) in t.points)
+        ok, detail = attempt(lambda tap=tap: _detached(model, batch, tap))
+        checks.append(Check(name, moved > 0 and ok, f"an edit moves the output by {moved:.3g}; {detail}"))
+    return checks
+
+
+def primary(model: HookedVLM, output: Any) -> Tensor:
+    """All that a transformers output says in the end, as one row of numbers: logits, and embeddings where it has them.
+
+    The embeddings are part of it because a cosine, rounded to 16 bits, hides small changes.
+    """
+    match model.table.head:
+        case Dual() | Features():
+            names = ("logits_per_image", "image_embeds", "text_embeds", "pooler_output")
+        case Generative() | Classifier():
+            names = ("logits",)
+        case _:
+            assert_never(model.table.head)
+    found = [getattr(output, name).flatten() for name in names if getattr(output, name, None) is not None]
+    return torch.cat(found) if found else output.flatten()
+
+
+def with_text(model: HookedVLM, batch: ImageTextBatch) -> ImageTextBatch:
+    """The batch with an example caption or question, where the model reads text and the batch holds none."""
+    if batch.input_ids is not None or not isinstance(model.table.head, Dual | Generative):
+        return batch
+    if isinstance(model.table.head, Generative):
+        return scoring.with_prompt(model, batch, example_target(model).asked())
+    found = scoring.text_inputs(model, [example_target(model).positive] * len(batch))
+    return replace(batch, input_ids=found["input_ids"], attention_mask=found.get("attention_mask"))
+
+
+def example_target(model: HookedVLM) -> Target:
+    """A target that the model can score, for checks that need one."""
+    if isinstance(model.table.head, Classifier):
+        return Target(str(model.hf.config.id2label[0]), "")
+    return Target("pneumonia", "a chest x-ray with pneumonia", "a chest x-ray without pneumonia")
+
+
+def moves(model: HookedVLM, batch: ImageTextBatch, name: str, before: Tensor) -> float:
+    """How far a fixed edit at a point moves the output."""
+
+    def edit(value: Tensor, hook: Any) -> Tensor:
+        wave = torch.sin(torch.arange(value.numel(), device=value.device, dtype=torch.float32)).view(value.shape)
+        return value * 1.25 + (0.25 * wave * value.float().std(correction=0)).to(value.dtype)
+
+    with torch.no_grad():
+        after = primary(model, model.run_with_hooks(batch, fwd_hooks=[(name, edit)]))
+    return float((after.float() - before.float()).abs().max())
+
+
+def attempt(check: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
+    """Run a check; a failure inside it is a failed check that says what happened."""
+    try:
+        return check()
+    except (MechInterpError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        return False, f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _as_leaf(module: nn.Module, side: str) -> Iterator[list[Tensor]]:
+    """Make the input or output of a module a leaf that gradients can be taken at."""
+    leaves: list[Tensor] = []
+
+    def leaf(value: Tensor) -> Tensor:
+        leaves.append(value.detach().clone().requires_grad_())
+        return leaves[-1].clone()
+
+    if side == "input":
+        handle = module.register_forward_pre_hook(lambda _, args: (leaf(args[0]), *args[1:]))
+    else:
+        handle = module.register_forward_hook(lambda *call: leaf(call[-1]))
+    try:
+        yield leaves
+    finally:
+        handle.remove()
+
+
+def _detached(model: HookedVLM, batch: ImageTextBatch, tap: Tap) -> tuple[bool, str]:
+    """Whether detaching a pattern or a scale freezes it, and leaving it alone does not."""
+    if isinstance(tap, Pattern):
+        gradients = [_query_gradient(model, batch, tap, d) for d in (False, True)]
+        return gradients[0] > 0 and gradients[1] == 0, (
+            f"gradient at the queries {gradients[0]:.3g}, detached {gradients[1]:.3g}"
+        )
+    assert isinstance(tap, Norm)
+    alone, detached = (_homogeneity(model, batch, tap, d) for d in (False, True))
+    return abs(detached - 1) < 0.02 and abs(alone) < 0.5, (
+        f"share of the output that scales with the input {alone:.3g}, detached {detached:.3g}"
+    )
+
+
+def _query_gradient(model: HookedVLM, batch: ImageTextBatch, tap: Pattern, detach: bool) -> float:
+    hook = (lambda value, hook: value.detach()) if detach else (lambda value, hook: value.clone())
+    with _as_leaf(find(tap.module, "q_proj"), "output") as leaves, torch.enable_grad():
+        output = primary(model, model.run_with_hooks(batch, fwd_hooks=[(tap.points[0].name or "", hook)]))
+        (gradient,) = torch.autograd.grad(output.float().pow(2).sum(), leaves[-1], allow_unused=True)
+    return 0.0 if gradient is None else float(gradient.abs().max())
+
+
+def _homogeneity(model: HookedVLM, batch: ImageTextBatch, tap: Norm, detach: bool) -> float:
+    kept: list[Tensor] = []
+    hooks = [
+        (
+            tap.points[0].name or "",
+            (lambda value, hook: value.detach()) if detach else (lambda value, hook: value.clone()),
+        ),
+        (tap.points[1].name or "", lambda value, hook: kept.append(value)),
+    ]
+    with _as_leaf(tap.module, "input") as leaves, torch.enable_grad():
+        model.run_with_hooks(batch, fwd_hooks=hooks)
+        x, y = leaves[-1], kept[-1]
+        bias = getattr(tap.module, "bias", None)
+        linear = (y if bias is None else y - bias).detach()
+        (gradient,) = torch.autograd.grad((y * linear).sum(), x)
+    centred = x - x.mean(-1, keepdim=True) if isinstance(tap.module, nn.LayerNorm) else x
+    return float((gradient * centred.detach()).double().sum() / linear.double().pow(2).sum())
