@@ -19,7 +19,21 @@ from torch import Tensor
 from mechinterp.errors import UsageError
 from mechinterp.types import Placed
 
-__all__ = ["Edit", "How", "Inject", "Mean", "Patch", "Resample", "Scale", "Steer", "Tokens", "Zero", "donors", "edited"]
+__all__ = [
+    "ZERO",
+    "Edit",
+    "How",
+    "Inject",
+    "Mean",
+    "Patch",
+    "Resample",
+    "Scale",
+    "Steer",
+    "Tokens",
+    "Zero",
+    "donors",
+    "edited",
+]
 
 Tokens: TypeAlias = Literal["all", "patch", "cls"] | Sequence[int]
 
@@ -74,6 +88,7 @@ class Inject:
     value: float
 
 
+ZERO = Zero()
 How: TypeAlias = Zero | Mean | Resample | Scale | Steer | Patch | Inject
 
 
@@ -90,7 +105,7 @@ class Edit:
 
     placed: Placed
     features: tuple[int, ...]
-    how: How = Zero()
+    how: How = ZERO
     tokens: Tokens = "all"
 
     def __post_init__(self) -> None:

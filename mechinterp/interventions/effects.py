@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.errors import UsageError
-from mechinterp.interventions.edits import How, Tokens, Zero, check_features
+from mechinterp.interventions.edits import ZERO, How, Tokens, check_features
 from mechinterp.interventions.sweep import Sweep
 from mechinterp.models import HookedVLM
 from mechinterp.types import ImageTextBatch, Placed, Target
@@ -82,7 +82,7 @@ def effects(
     batch: ImageTextBatch,
     targets: Sequence[Target],
     features: Sequence[int] | None = None,
-    how: How = Zero(),
+    how: How = ZERO,
     tokens: Tokens = "all",
     *,
     image_batch: int = 32,
@@ -128,7 +128,7 @@ def set_effects(
     batch: ImageTextBatch,
     targets: Sequence[Target],
     sets: Sequence[Sequence[int]],
-    how: How = Zero(),
+    how: How = ZERO,
     tokens: Tokens = "all",
     *,
     image_batch: int = 32,
@@ -153,7 +153,7 @@ def set_effect(
     batch: ImageTextBatch,
     targets: Sequence[Target],
     features: Sequence[int],
-    how: How = Zero(),
+    how: How = ZERO,
     tokens: Tokens = "all",
 ) -> Float[Tensor, "image target"]:
     """Effect of editing one set of features together."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechinterp.errors import UsageError
 from mechinterp.interventions.edits import (
+    ZERO,
     Edit,
     How,
     Inject,
@@ -18,7 +19,6 @@ from mechinterp.interventions.edits import (
     Resample,
     Steer,
     Tokens,
-    Zero,
     donors,
     edited,
 )
@@ -28,7 +28,7 @@ from mechinterp.types import Placed
 
 __all__ = ["ablate", "inject", "intervene", "patch", "steer"]
 
-Hook = tuple[str, Callable[..., Tensor | None]]
+Hook = tuple[str | Callable, Callable]
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def intervene(model: HookedVLM, edits: Sequence[Edit]) -> Iterator[HookedVLM]:
 
 
 def ablate(
-    model: HookedVLM, placed: Placed, features: Sequence[int], how: How = Zero(), tokens: Tokens = "all"
+    model: HookedVLM, placed: Placed, features: Sequence[int], how: How = ZERO, tokens: Tokens = "all"
 ) -> AbstractContextManager[HookedVLM]:
     """Context in which the set `features` is ablated: Zero() (default), Mean(values) or Resample(seed)."""
     return intervene(model, [Edit(placed, tuple(features), how, tokens)])

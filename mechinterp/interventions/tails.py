@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from torch import Tensor
 from mechinterp.models import HookedVLM
 from mechinterp.types import ImageTextBatch, Site, Target
 
-__all__ = ["Change", "Rerun", "Resumed", "Tail", "resume_site"]
+__all__ = ["Change", "Rerun", "Resumed", "Tail", "close", "resume_site"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Change:
         return value.index_put((self.pair, self.token), self.delta.to(value.dtype), accumulate=True)
 
 
+@runtime_checkable
 class Tail(Protocol):
     """Finishes forward passes of one chunk of images at a time."""
 
@@ -124,7 +125,11 @@ def resume_site(writes: Site, cache: dict[str, Tensor] | None = None) -> Site | 
         return Site("vision", writes.layer - 1, "hook_resid_post")
     if writes.point == "hook_mlp_out" and cache is not None:
         middle = Site("vision", writes.layer, "hook_resid_mid")
-        added = cache[str(middle)] + cache[str(writes)]
-        scale = float(cache[str(post)].abs().max())
-        return post if torch.allclose(added, cache[str(post)], atol=1e-5 * scale, rtol=0) else None
+        return post if close(cache[str(middle)] + cache[str(writes)], cache[str(post)]) else None
     return None
+
+
+def close(value: Tensor, truth: Tensor) -> bool:
+    """Equal up to the rounding of the dtype: 1e-5 of the largest number in float32 (3e-2 in bfloat16)."""
+    tolerance = max(1e-5, 4 * torch.finfo(truth.dtype).eps) * max(1.0, float(truth.abs().max()))
+    return value.shape == truth.shape and bool((value - truth).abs().max() <= tolerance)

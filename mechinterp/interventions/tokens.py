@@ -29,7 +29,7 @@ def token_mask(model: HookedVLM, site: Site, n_tokens: int, tokens: Tokens) -> B
         return mask
     if tokens == "all":
         return ~mask
-    if site.tower != "vision" or site.layer is None and site.point != "hook_embed":
+    if site.tower != "vision" or (site.layer is None and site.point != "hook_embed"):
         raise UsageError(f"{tokens!r} tokens do not exist at this site", where=str(site), hint="use 'all' or positions")
     if tokens == "patch":
         mask[model.patch_tokens()] = True

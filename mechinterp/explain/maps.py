@@ -1,0 +1,87 @@
+"""The one signature of an explainer, and the checks that every map goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.errors import DataError, NonFiniteError
+from mechinterp.models import HookedVLM
+from mechinterp.types import ImageTextBatch, Target
+
+__all__ = ["Explainer", "MapStatus", "check_map"]
+
+MapStatus = Literal["ok", "all_zero", "constant", "non_finite"]
+
+
+@runtime_checkable
+class Explainer(Protocol):
+    """What every explainer is: one relevance per pixel of the model's input, for one target."""
+
+    def __call__(self, model: HookedVLM, batch: ImageTextBatch, target: Target) -> Float[Tensor, "batch height width"]:
+        """Relevance of every pixel of `batch.pixel_values` (channels summed) to `model.score(batch, [target])`."""
+        ...
+
+
+def check_map(relevance: Float[Tensor, "batch height width"]) -> tuple[MapStatus, ...]:
+    """What is wrong with each image's map, if anything; a map that is not "ok" explains nothing.
+
+    "all_zero" and "constant" rank no pixel above another; metrics must report such maps and not average them away.
+    """
+
+    def status(one: Tensor) -> MapStatus:
+        if not torch.isfinite(one).all():
+            return "non_finite"
+        if not one.any():
+            return "all_zero"
+        spread = one.max() - one.min()
+        return "constant" if spread <= 1e-7 * one.abs().max() else "ok"
+
+    return tuple(status(one) for one in relevance)
+
+
+def scorer(
+    model: HookedVLM, batch: ImageTextBatch, target: Target
+) -> Callable[[Float[Tensor, "row channel height width"], Int[Tensor, " row"]], Float[Tensor, " row"]]:
+    """`f(pixels, rows)`: scores of `pixels`, each with the text of row `rows` of the batch.
+
+    captum repeats inputs along the batch; given `rows` as a further argument it repeats them alike.
+    """
+
+    def score(pixels: Tensor, rows: Tensor) -> Tensor:
+        part = replace(
+            batch,
+            pixel_values=pixels,
+            input_ids=None if batch.input_ids is None else batch.input_ids[rows],
+            attention_mask=None if batch.attention_mask is None else batch.attention_mask[rows],
+            ids=(),
+        )
+        return model.score(part, [target])[:, 0]
+
+    return score
+
+
+def grid(model: HookedVLM, batch: ImageTextBatch) -> tuple[int, int, int, int]:
+    """Rows and columns of the patch grid, and height and width of a patch in pixels."""
+    height, width = batch.pixel_values.shape[-2:]
+    rows, columns = model.grid_shape
+    if height % rows or width % columns:
+        raise DataError(f"{height} x {width} pixels do not fall into {rows} x {columns} patches", where="pixel_values")
+    return rows, columns, height // rows, width // columns
+
+
+def finite(
+    relevance: Float[Tensor, "batch height width"], batch: ImageTextBatch, method: str
+) -> Float[Tensor, "batch height width"]:
+    """The map, detached, in float32. Raises NonFiniteError naming the images whose map is not finite."""
+    bad = ~torch.isfinite(relevance).flatten(1).all(1)
+    if bad.any():
+        ids = batch.ids or tuple(str(i) for i in range(len(batch)))
+        images = [ids[i] for i in bad.nonzero()[:, 0].tolist()]
+        raise NonFiniteError("relevance is not finite", images=images, where=method)
+    return relevance.detach().float()
