@@ -1,0 +1,246 @@
+"""The command line: one short function a command. Heavy imports happen inside the function that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mechinterp.errors import MechInterpError, UsageError
+
+if TYPE_CHECKING:
+    from mechinterp.data import ImageData
+    from mechinterp.models import HookedVLM
+    from mechinterp.types import Target
+
+DEFAULT_MODEL = "phantom-clip-shortcut"
+DEFAULT_IMAGES = 600
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns 0 on success and 2 on wrong use or bad input (one line on stderr, no traceback)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    try:
+        args.run(args)
+    except MechInterpError as error:
+        print(f"mechinterp: {error}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mechinterp: stopped; what was finished is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments; `docs/cli.md` is printed from this."""
+    parser = argparse.ArgumentParser(
+        prog="mechinterp",
+        description="How does a medical vision-language model reason? Research use; not a medical device.",
+        epilog="example: mechinterp audit phantom-clip-shortcut --out out/audit",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str):
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=f"example: mechinterp {example}")
+        sub.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+        sub.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for the results")
+        sub.set_defaults(run=run, needs_out=name)
+        return sub
+
+    command("models", _models, "bundled models, and the families that can be loaded", "models")
+    sub = command("data", _data, "write a phantom data folder, with truth", "data phantom --n 200 --out data/phantom")
+    sub.add_argument("what", choices=["phantom"])
+    sub.add_argument("--n", type=int, default=200, help="number of images (default 200)")
+    sub.add_argument("--associate", action="append", default=[], metavar="SHORTCUT:FINDING:RHO", help="plant one")
+
+    sub = command("audit", _audit, "does the model rely on a shortcut, and how sure are we?", "audit phantom-clip")
+    sub.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL")
+    sub.add_argument("--data", metavar="DATA", help=f"data folder (default: a phantom of {DEFAULT_IMAGES} images)")
+    sub.add_argument("--target", help="target name from dataset.json (default: what the model's card names, else first)")
+
+    sub = command("extract", _extract, "write activations to a store", "extract phantom-clip --data D --site S --out ST")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--data", metavar="DATA", required=True)
+    sub.add_argument("--site", action="append", required=True, metavar="SITE", help="hook name; may be repeated")
+    sub.add_argument("--tokens", default="all", choices=["all", "patch", "cls", "pooled"])
+
+    sub = command("train", _train, "train a dictionary on a store", "train STORE --kind topk --out sae")
+    sub.add_argument("store", type=Path, metavar="STORE")
+    sub.add_argument("--kind", default="topk", choices=["topk", "batchtopk"])
+    sub.add_argument("--site", metavar="SITE", help="which site of the store (default: its only one)")
+    sub.add_argument("--width", type=int, default=1024, help="number of latents (default 1024)")
+    sub.add_argument("--k", type=int, default=16, help="active latents per token (default 16)")
+    sub.add_argument("--epochs", type=int, default=None, help="passes over the store")
+
+    sub = command(
+        "ablate", _ablate, "remove features and see what the output does", "ablate phantom-clip --data D --features S:12"
+    )
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--data", metavar="DATA")
+    sub.add_argument("--features", required=True, metavar="SITE:12,SITE:40")
+    sub.add_argument("--target", help="target name from dataset.json")
+
+    sub = command(
+        "explain", _explain, "one saliency map of one image", "explain cxr-clip --image a.png --target pneumonia"
+    )
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--image", type=Path, required=True, metavar="FILE")
+    sub.add_argument("--target", required=True, metavar="TEXT")
+    sub.add_argument("--against", metavar="TEXT", help="the prompt (or answer) to contrast with")
+    sub.add_argument("--method", required=True, metavar="NAME", help="integrated_gradients, grad_cam or occlusion")
+
+    sub = command("doctor", _doctor, "does this model hook, restore, freeze and score as it should?", "doctor my-model")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--data", metavar="DATA")
+
+    sub = command("verify", _verify, "check every file of an artefact folder against its manifest", "verify out/audit")
+    sub.add_argument("folder", type=Path, metavar="DIR")
+    return parser
+
+
+def _models(args: argparse.Namespace) -> None:
+    from mechinterp.models import bundled, families
+
+    print("bundled models")
+    for name in bundled():
+        print(f"  {name}")
+    print("families that can be loaded from a transformers folder")
+    for family in families():
+        print(f"  {family.name:8} {', '.join(family.released)}")
+
+
+def _data(args: argparse.Namespace) -> None:
+    from mechinterp.data.phantom import Phantom
+
+    associations = {}
+    for text in args.associate:
+        parts = text.split(":")
+        try:
+            associations[(parts[0], parts[1])] = float(parts[2])
+        except (IndexError, ValueError):
+            raise UsageError(f"{text!r} is not SHORTCUT:FINDING:RHO", hint="portable:consolidation:0.9") from None
+    if args.n < 1:
+        raise UsageError(f"--n {args.n}: at least one image is needed")
+    out = _out(args)
+    Phantom.sample(args.n, seed=args.seed, associations=associations).write(out)
+    print(f"{args.n} images in {out}")
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from mechinterp.audit import audit
+
+    out = _out(args)
+    model = _load(args.model)
+    result = audit(model, _open(args.data, args.seed), target=args.target, out=out, seed=args.seed)
+    print(result.summary())
+    print(f"report: {(out / 'report.html').resolve()}")
+
+
+def _extract(args: argparse.Namespace) -> None:
+    from mechinterp.activations import extract
+
+    model, data = _load(args.model), _open(args.data, args.seed)
+    store = extract(model, data, sites=args.site, out=_out(args), tokens=args.tokens, seed=args.seed)
+    print(f"store: {store.folder}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from mechinterp.activations import ActivationStore
+    from saes import BatchTopKConfig, TopKConfig, evaluate, train_sae
+
+    store = ActivationStore(args.store)
+    if args.site is None and len(store.sites) != 1:
+        raise UsageError(f"the store holds {', '.join(store.sites)}", where="--site", hint="name one of them")
+    site = args.site or store.sites[0]
+    options = {"k": args.k, "width": args.width} | ({} if args.epochs is None else {"epochs": args.epochs})
+    config = TopKConfig(**options) if args.kind == "topk" else BatchTopKConfig(**options)
+    out = _out(args)
+    placed = train_sae(store, site, config, out=out, seed=args.seed)
+    scores = evaluate(placed, store, split="test")
+    print(f"dictionary: {out}")
+    print(json.dumps(scores, indent=2, default=float))
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    from mechinterp.audit.ablation import ablation_table
+
+    model, data = _load(args.model), _open(args.data, args.seed)
+    table = ablation_table(
+        model, data, features=args.features.split(","), target=args.target, out=_out(args), seed=args.seed
+    )
+    print(table)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from mechinterp.data.images import read_image
+    from mechinterp.explain import METHODS, check_map
+    from mechinterp.explain.picture import save_map
+    from mechinterp.types import Target
+
+    if args.method not in METHODS:
+        raise UsageError(f"no method {args.method!r}", where="--method", hint=f"known: {', '.join(sorted(METHODS))}")
+    out = _out(args)
+    model = _load(args.model)
+    pixels = read_image(args.image)[None]
+    target = Target(args.target, args.target, args.against, question=args.target if "?" in args.target else None)
+    batch = model.prepare(pixels, [target], ids=(args.image.name,))
+    attribution = METHODS[args.method](model, batch, target)
+    save_map(attribution[0], pixels[0], out, title=f"{args.method}: {args.target}")
+    print(f"map: {out / 'map.png'} ({check_map(attribution[0])})")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from mechinterp.models.doctor import doctor
+
+    model = _load(args.model)
+    data = _open(args.data, args.seed, images=8)
+    rows = list(range(min(4, len(data))))
+    batch = model.prepare(data.pixels(rows), [_target(data)], ids=tuple(data.images[i] for i in rows))
+    checks = doctor(model, batch)
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
+    failed = [check.name for check in checks if not check.ok]
+    if failed:
+        raise MechInterpError(f"failed: {', '.join(failed)}", where=args.model, hint="do not trust numbers made with it")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from mechinterp.errors import StorageError
+    from mechinterp.storage import verify_folder
+
+    problems = verify_folder(args.folder)
+    if problems:
+        raise StorageError("; ".join(problems[:5]), where=str(args.folder), hint=f"{len(problems)} problem(s)")
+    print(f"{args.folder}: every file matches its manifest")
+
+
+def _out(args: argparse.Namespace) -> Path:
+    return args.out or Path("out") / args.needs_out
+
+
+def _load(name: str) -> HookedVLM:
+    from mechinterp.models import HookedVLM
+
+    return HookedVLM.from_pretrained(name)
+
+
+def _open(folder: str | None, seed: int, images: int = DEFAULT_IMAGES) -> ImageData:
+    from mechinterp.audit.defaults import default_data
+    from mechinterp.data import open_data
+
+    return open_data(Path(folder)) if folder else default_data(images, seed)
+
+
+def _target(data: ImageData) -> Target:
+    return next(iter(data.targets.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
