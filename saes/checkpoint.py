@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from mechinterp.errors import StorageError
-from mechinterp.storage import canonical_json, write_bytes
+from mechinterp.storage import canonical_json, load_tensors, read_tensor_metadata, save_tensors
 
 __all__ = ["CHECKPOINT", "read_state", "restore", "save_state"]
 
-CHECKPOINT = ".checkpoint.safetensors.partial"
-"""`.partial`: a manifest does not list it, since it is gone from a finished folder."""
+CHECKPOINT = "checkpoint.partial"
+"""`.partial`: a manifest does not list it, since it is gone from a finished folder. It outlives the writing of one."""
 
 _TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
 _NUMBERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "started_fine_tuning")
@@ -40,17 +38,14 @@ def save_state(path: Path, trainer: Any, extra: dict[str, Any]) -> None:
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
         "coefficients": {name: each.state_dict() for name, each in trainer.coefficient_schedulers.items()},
     }
-    copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(copies, {"state": json.dumps(rest, sort_keys=True)}))
+    save_tensors(path, tensors, {"state": json.dumps(rest, sort_keys=True)})
 
 
 def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and the rest of a checkpoint. Raises StorageError, naming the file, when it is damaged."""
     try:
-        with safe_open(path, framework="pt") as opened:
-            rest = json.loads(opened.metadata()["state"])
-            return {name: opened.get_tensor(name) for name in opened.keys()}, rest  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        return load_tensors(path), json.loads(read_tensor_metadata(path)["state"])
+    except (KeyError, ValueError, RecursionError) as error:
         raise StorageError(f"is damaged: {error}", where=str(path), hint="remove it to train from the start") from error
 
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mechinterp.errors import StorageError, UsageError
-from mechinterp.storage import read_json, verify_folder, write_bytes, write_json, write_manifest
+from mechinterp.storage import load_tensors, read_json, save_tensors, verify_folder, write_json, write_manifest
 from mechinterp.types import Placed, Site
 from saes.dictionary import Activation, JumpReLU, ReLU, SparseDictionary, TopK
 
@@ -53,13 +51,7 @@ def load_sae(folder: Path | str) -> Placed:
 
 def read_dictionary(folder: Path, info: dict[str, Any] | None = None) -> SparseDictionary:
     """Read cfg.json and sae_weights.safetensors of sae-lens's layout (topk, jumprelu and standard SAEs)."""
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise StorageError("no such file", where=str(folder / WEIGHTS)) from error
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise StorageError(f"is damaged: {error}", where=str(folder / WEIGHTS), hint="train it again") from error
-    return read_weights(read_json(folder / CFG), weights, folder, info)
+    return read_weights(read_json(folder / CFG), load_tensors(folder / WEIGHTS), folder, info)
 
 
 def read_weights(
@@ -94,7 +86,7 @@ def read_weights(
 
 def save_sae(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor], info: dict[str, Any]) -> None:
     """Write a dictionary folder; the manifest comes last."""
-    write_bytes(folder / WEIGHTS, save({name: tensor.contiguous() for name, tensor in weights.items()}))
+    save_tensors(folder / WEIGHTS, weights)
     write_json(folder / CFG, cfg)
     write_json(folder / INFO, {"schema_version": SCHEMA_VERSION, **info})
     write_manifest(folder, {"kind": "dictionary"})

@@ -49,7 +49,7 @@ class FakeModel:
             self.active[name](value, SimpleNamespace(name=name))
         return value
 
-    def encode_image(self, batch):
+    def forward(self, batch):
         if self.delay:
             import time
 

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from mechinterp.activations.capture import Capture, Images, Reader
 from mechinterp.activations.layout import (
     CONFIG,
     KINDS,
@@ -31,49 +30,12 @@ from mechinterp.activations.layout import (
 )
 from mechinterp.activations.shards import Rows, map_shard, write_shard
 from mechinterp.activations.store import INDEX_COLUMNS, ActivationStore
-from mechinterp.activations.tokens import TokenMap, rows_of, token_map
-from mechinterp.errors import DataError, ModelError, NonFiniteError, StorageError, UsageError
+from mechinterp.errors import DataError, ModelError, StorageError, UsageError
 from mechinterp.progress import progress
 from mechinterp.storage import MANIFEST, atomic_path, write_json, write_manifest
-from mechinterp.types import ImageTextBatch, Site, Target
+from mechinterp.types import Site, Target
 
-__all__ = ["Images", "Reader", "extract", "store_folder"]
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """What extraction needs of a model; `HookedVLM` fits."""
-
-    sha256: str
-    family: str
-
-    def sites(self, pattern: str = "*") -> list[str]:
-        """Names of the hook points."""
-        ...
-
-    def hooks(self, fwd_hooks: list[tuple[str, Callable[..., Any]]]) -> Any:
-        """Context manager in which each hook function sees its value."""
-        ...
-
-
-@runtime_checkable
-class Images(Protocol):
-    """What extraction needs of a data folder; `ImageData` fits."""
-
-    sha256: str
-    images: tuple[str, ...]
-    patients: tuple[str, ...]
-    split: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def pixels(self, rows: Any, size: int | None = None) -> np.ndarray:
-        """Grey pixels in [0, 1]."""
-        ...
-
-
-class _Captured(Exception):
-    """Every site has been seen; nothing after it need be computed."""
+__all__ = ["extract", "store_folder"]
 
 
 def store_folder(
@@ -128,7 +90,7 @@ def extract(
         raise ModelError(f"has no site {absent[0]}", where="sites", hint=f"it has {', '.join(near[:8]) or 'others'}")
     if len(data) == 0:
         raise DataError("has no image", where="data")
-    run = _Run(model, data, request, target)
+    run = Capture(model, data, request, target)
     layout = _claim(folder, request, run)
     if not (folder / MANIFEST).exists():
         _write_shards(folder, layout, run)
@@ -139,102 +101,7 @@ def extract(
     return ActivationStore(folder)
 
 
-class _Run:
-    """One extraction: loads batches, runs the model, hands back the rows of each site."""
-
-    def __init__(self, model: Any, data: Any, request: Request, target: Target | None):
-        self.model, self.data, self.request, self.target = model, data, request, target
-        self._maps: dict[str, TokenMap] = {}
-
-    def load(self, images: range) -> ImageTextBatch:
-        """Read and preprocess images by number."""
-        rows = np.arange(images.start, images.stop)
-        names = [self.data.images[row] for row in rows]
-        pixels = self.data.pixels(rows, getattr(self.model, "image_size", None))
-        if any(Site.parse(site).tower == "text" for site in self.request.sites):
-            return self._with_text(pixels, rows, names)
-        return self.model.preprocess(pixels, ids=names)
-
-    def images_of(self, batch: int) -> range:
-        """The images of a batch."""
-        size = self.request.batch_size
-        return range(batch * size, min((batch + 1) * size, len(self.data)))
-
-    @torch.inference_mode()
-    def capture(self, batch: ImageTextBatch) -> dict[str, Tensor]:
-        """Values at the requested sites, with any head axis flattened; the forward stops at the last one."""
-        seen: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, hook: Any) -> None:
-            seen.setdefault(hook.name, value)
-            if len(seen) == len(self.request.sites):
-                raise _Captured
-
-        try:
-            with self.model.hooks(fwd_hooks=[(site, keep) for site in self.request.sites]):
-                self._forward(batch)
-        except _Captured:
-            pass
-        missing = set(self.request.sites) - set(seen)
-        if missing:
-            raise ModelError(f"the forward pass never reached {sorted(missing)}", where="sites")
-        return {site: _flat(site, value) for site, value in seen.items()}
-
-    def rows(self, number: int, batch: ImageTextBatch) -> dict[str, Rows]:
-        """The rows to store of batch `number`, per site. Raises NonFiniteError naming the images."""
-        images = self.images_of(number)
-        made = {}
-        for site, value in self.capture(batch).items():
-            rows = rows_of(value, self._map(site, batch, value), self.request.tokens, images.start)
-            if not np.isfinite(rows.activations).all():
-                bad = np.unique(rows.image[~np.isfinite(rows.activations).all(1)])
-                names = [self.data.images[image] for image in bad]
-                raise NonFiniteError("activations are not finite", images=names, where=site)
-            made[site] = rows
-        return made
-
-    def _map(self, site: str, batch: ImageTextBatch, value: Tensor) -> TokenMap | None:
-        """What the tokens of a site are; without text it is the same for every batch of one size."""
-        if value.ndim == 2:
-            return None
-        parsed = Site.parse(site)
-        if parsed.tower == "text":
-            return token_map(self.model, batch, parsed, value.shape[1])
-        known = self._maps.get(site)
-        if known is None or known.kind.shape != value.shape[:2]:
-            known = self._maps[site] = token_map(self.model, batch, parsed, value.shape[1])
-        return known
-
-    def _with_text(self, pixels: np.ndarray, rows: np.ndarray, names: list[str]) -> ImageTextBatch:
-        if self.model.family in ("llava", "gemma3"):
-            asked = self.target or next(iter(self.data.targets.values()), None)
-            if asked is None:
-                raise UsageError("a language site needs a question", where="target", hint="pass a Target")
-            return self.model.prepare(pixels, [asked], ids=names)
-        texts = [self.data.reports[row] for row in rows]
-        if not all(texts):
-            raise DataError("has no text for every image", where="reports.csv", hint="text sites need reports")
-        return self.model.preprocess(pixels, texts, ids=names)
-
-    def _forward(self, batch: ImageTextBatch) -> None:
-        if any(Site.parse(site).tower == "text" for site in self.request.sites):
-            self.model.forward(batch)
-        else:
-            self.model.encode_image(batch)
-
-
-def _flat(site: str, value: Tensor) -> Tensor:
-    """`[batch, token, d]` or `[batch, d]`, heads flattened into d."""
-    if site.endswith(("hook_pattern", "hook_attn_scores")):
-        raise UsageError("is an attention matrix, not a vector per token", where=site, hint="use run_with_cache")
-    if value.ndim == 4:
-        return value.flatten(2)
-    if value.ndim not in (2, 3):
-        raise UsageError(f"has shape {tuple(value.shape)}, which cannot be stored", where=site)
-    return value
-
-
-def _claim(folder: Path, request: Request, run: _Run) -> Layout:
+def _claim(folder: Path, request: Request, run: Capture) -> Layout:
     """Open `folder` for this request: refuse another's, resume our own, plan a new one."""
     if (folder / CONFIG).exists():
         found, layout = read_config(folder)
@@ -262,7 +129,7 @@ def _claim(folder: Path, request: Request, run: _Run) -> Layout:
     return layout
 
 
-def _write_shards(folder: Path, layout: Layout, run: _Run) -> None:
+def _write_shards(folder: Path, layout: Layout, run: Capture) -> None:
     """Make the shards that are not there; the disk works beside the model."""
     sites = run.request.sites
     todo = [s for s in range(layout.shards) if not all(shard_path(folder, site, s).exists() for site in sites)]

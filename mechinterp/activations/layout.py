@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -54,16 +54,20 @@ class Request:
         names = tuple(sorted({str(Site.parse(site)) for site in sites}))
         if not names:
             raise UsageError("no site asked for", where="sites", hint="for example vision.blocks.3.hook_resid_post")
-        needs_question = any(Site.parse(name).tower == "text" for name in names)
-        return cls(
+        request = cls(
             model={"family": str(model.family), "sha256": str(model.sha256)},
             data={"sha256": str(data.sha256), "images": len(data)},
             sites=names,
             tokens=tokens,
             batch_size=batch_size,
             seed=seed,
-            target=asdict(target) if target is not None and needs_question else None,
         )
+        return replace(request, target=asdict(target)) if target is not None and request.reads_text else request
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a site lies behind the language side, so that the batch must hold text."""
+        return any(Site.parse(site).tower.startswith("text") for site in self.sites)
 
     @property
     def key(self) -> str:
