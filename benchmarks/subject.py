@@ -1,4 +1,4 @@
-"""What is measured: the bundled phantom-clip with its dictionary, or a random model and dictionary of the same shape."""
+"""What is measured: the bundled phantom-clip and its dictionary, or a random model and dictionary of that shape."""
 
 from __future__ import annotations
 

@@ -33,6 +33,9 @@ def grad_cam(
     2. Weight of a channel: its mean gradient over the patches of the image.
     3. Map: the positive part of the weighted sum of channels.
 
+    The weights of step 2 are shared by all patches, so a patch that the score does not read can still be marked when it
+    shares channels with one that it does.
+
     Args:
         model, batch, target: see Explainer.
         site: a residual-stream site of the vision tower; default the input of the last block whose patch tokens the
