@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cards import phantom_card
 from common import (
     BUNDLED,
     Average,
@@ -143,45 +144,7 @@ def main() -> None:
     }
     out = args.out or BUNDLED / name
     save_clip(model, tokenizer, SIZE, out)
-    finish(out, card(name, facts), facts)
-
-
-def card(name: str, facts: dict) -> str:
-    """The model card, from what was measured."""
-
-    def line(*cells: str) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    def interval(row: dict) -> str:
-        return f"{row['ci95'][0]:.3f} to {row['ci95'][1]:.3f}"
-
-    planted = facts["planted"]
-    what = (
-        f"In its training data the {planted['shortcut']} mark goes with {planted['finding']} (phi {planted['phi']})."
-        if planted
-        else "No shortcut was planted: marks, devices and findings were drawn independently."
-    )
-    table = [line(r["name"], str(r["n"]), f"{r['auroc']:.3f}", interval(r)) for r in facts["test"]]
-    do = [line(f"do({r['factor']})", f"{r['effect_sd']:+.3f}", interval(r)) for r in facts["do"]]
-    return "\n".join(
-        [
-            "---\nlicense: apache-2.0\ntags: [clip, synthetic, research-only]\n---",
-            f"# {name}\n",
-            f"A small CLIP ({facts['parameters']} parameters), trained on {facts['images']} synthetic radiographs. "
-            f"{what} Not for use on people.\n",
-            f"Script: `python {facts['script']}`, seed {facts['seed']}, {facts['steps']} steps.\n",
-            "Zero-shot AUROC on unseen patients drawn without association (95 % patient bootstrap):\n",
-            line("finding or device", "images", "AUROC", "95 % interval"),
-            line("---", "---", "---", "---"),
-            *table,
-            f"\nEffect of re-rendering the same patients with one factor set to 1 against 0, on the score for "
-            f"{facts['audit_target']} (in standard deviations of the score):\n",
-            line("intervention", "change", "95 % interval"),
-            line("---", "---", "---"),
-            *do,
-            "",
-        ]
-    )
+    finish(out, phantom_card(name, facts), facts)
 
 
 if __name__ == "__main__":
