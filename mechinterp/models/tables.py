@@ -87,7 +87,7 @@ class Family:
     name: str
     architecture: str
     model_type: str
-    opens: tuple[str, ...]
+    released: tuple[str, ...]
     towers: Mapping[str, Tower]
     head: Head
     has_cls: bool
@@ -151,7 +151,7 @@ _CLIP = Family(
     name="clip",
     architecture="CLIPModel",
     model_type="clip",
-    opens=("PubMedCLIP (flaviagiammarino/pubmed-clip-vit-base-patch32)", "PLIP (vinid/plip)", "openai/clip-vit-*"),
+    released=("PubMedCLIP (flaviagiammarino/pubmed-clip-vit-base-patch32)", "PLIP (vinid/plip)", "openai/clip-vit-*"),
     towers={
         "vision": Tower(
             "vision_model",
@@ -179,7 +179,7 @@ _SIGLIP = Family(
     name="siglip",
     architecture="SiglipModel",
     model_type="siglip",
-    opens=("MedSigLIP (google/medsiglip-448)", "google/siglip-*"),
+    released=("MedSigLIP (google/medsiglip-448)", "google/siglip-*"),
     towers={
         "vision": Tower(
             "vision_model",
@@ -204,7 +204,7 @@ _LLAVA = Family(
     name="llava",
     architecture="LlavaForConditionalGeneration",
     model_type="llava",
-    opens=("LLaVA-Med v1.5 (converted to the transformers layout)", "llava-hf/llava-1.5-*"),
+    released=("LLaVA-Med v1.5 (converted to the transformers layout)", "llava-hf/llava-1.5-*"),
     towers={
         # the projector reads a hidden state before the final norm, so the vision tower has no ln_final here
         "vision": Tower(
@@ -228,7 +228,7 @@ _GEMMA3 = Family(
     name="gemma3",
     architecture="Gemma3ForConditionalGeneration",
     model_type="gemma3",
-    opens=("MedGemma (google/medgemma-4b-it, google/medgemma-27b-it)", "google/gemma-3-*-it"),
+    released=("MedGemma (google/medgemma-4b-it, google/medgemma-27b-it)", "google/gemma-3-*-it"),
     towers={
         "vision": Tower(
             "model.vision_tower",
@@ -252,7 +252,7 @@ _DINOV2 = Family(
     name="dinov2",
     architecture="Dinov2Model",
     model_type="dinov2",
-    opens=("RAD-DINO (microsoft/rad-dino)", "facebook/dinov2-*"),
+    released=("RAD-DINO (microsoft/rad-dino)", "facebook/dinov2-*"),
     towers={
         "vision": Tower("encoder", "encoder.layer", _DINO_BLOCK, "layernorm", {"hook_pooled": Wire("layernorm", "cls")})
     },
@@ -263,7 +263,7 @@ _VIT = Family(
     name="vit",
     architecture="ViTForImageClassification",
     model_type="vit",
-    opens=("any ViT image classifier, such as a fine-tuned google/vit-base-patch16-224",),
+    released=("any ViT image classifier, such as a fine-tuned google/vit-base-patch16-224",),
     towers={
         "vision": Tower(
             "vit",
