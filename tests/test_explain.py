@@ -7,11 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from tiny_models import PATCH, tiny
 
 from mechinterp.errors import ModelError, NonFiniteError
 from mechinterp.explain import METHODS, check_map, grad_cam, integrated_gradients, occlusion
+from mechinterp.explain.picture import save_map
 from mechinterp.models import HookedVLM
+from mechinterp.storage import load_tensors
 from mechinterp.types import Target
 
 TARGET = Target("pneumonia", "a chest x-ray with pneumonia", "a chest x-ray without pneumonia")
@@ -136,7 +139,8 @@ def test_one_signature_for_every_method_and_family(models, name, family):
         before = model.score(batch, [TARGET])
     first, again = (method(model, batch, TARGET) for _ in range(2))
     assert first.shape == (2, 32, 32) and first.dtype == torch.float32 and not first.requires_grad
-    assert "ok" in check_map(first) and set(check_map(first)) <= {"ok", "all_zero"}
+    statuses = {check_map(one) for one in first}
+    assert "ok" in statuses and statuses <= {"ok", "all_zero"}
     assert torch.equal(first, again)
     with torch.no_grad():
         assert torch.equal(model.score(batch, [TARGET]), before)
@@ -154,7 +158,7 @@ def test_an_image_is_explained_alike_alone_and_in_a_batch(models, name):
 def test_bad_maps_are_flagged():
     ramp = torch.arange(16.0).view(4, 4)
     maps = torch.stack([ramp, torch.zeros(4, 4), torch.full((4, 4), -3.0), ramp.log(), 1e-20 * ramp])
-    assert check_map(maps) == ("ok", "all_zero", "constant", "non_finite", "ok")
+    assert [check_map(one) for one in maps] == ["ok", "all_zero", "constant", "non_finite", "ok"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -166,3 +170,16 @@ def test_what_is_not_finite_names_the_images(models, name):
     with pytest.raises(NonFiniteError) as caught:
         METHODS[name](model, replace(batch, pixel_values=pixels), TARGET)
     assert caught.value.images == ["image-1"]
+
+
+def test_a_map_is_saved_as_a_picture_and_as_numbers(tmp_path):
+    relevance = torch.zeros(32, 32)
+    relevance[8:16, 16:24] = 2.0
+    save_map(relevance, torch.rand(64, 64).numpy(), tmp_path, title="<occlusion> $of$ effusion")
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.width > 400
+        first = picture.tobytes()
+    assert torch.equal(load_tensors(tmp_path / "map.safetensors")["relevance"], relevance)
+    save_map(relevance, torch.rand(64, 80).numpy(), tmp_path, title="another shape is shown beside, not over")
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.tobytes() != first

@@ -28,21 +28,17 @@ class Explainer(Protocol):
         ...
 
 
-def check_map(relevance: Float[Tensor, "batch height width"]) -> tuple[MapStatus, ...]:
-    """What is wrong with each image's map, if anything; a map that is not "ok" explains nothing.
+def check_map(relevance: Float[Tensor, "height width"]) -> MapStatus:
+    """What is wrong with one image's map, if anything; a map that is not "ok" explains nothing.
 
     "all_zero" and "constant" rank no pixel above another; metrics must report such maps and not average them away.
     """
-
-    def status(one: Tensor) -> MapStatus:
-        if not torch.isfinite(one).all():
-            return "non_finite"
-        if not one.any():
-            return "all_zero"
-        spread = one.max() - one.min()
-        return "constant" if spread <= 1e-7 * one.abs().max() else "ok"
-
-    return tuple(status(one) for one in relevance)
+    if not torch.isfinite(relevance).all():
+        return "non_finite"
+    if not relevance.any():
+        return "all_zero"
+    spread = relevance.max() - relevance.min()
+    return "constant" if spread <= 1e-7 * relevance.abs().max() else "ok"
 
 
 def scorer(

@@ -6,6 +6,8 @@ random, have been ablated too (the null of every ablation claim here).
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -92,7 +94,8 @@ def matched_random_sets(
     1. Candidates are the features that fire at all, less `features` and `exclude`.
     2. Each member of `features` ranks the candidates by distance in (log frequency, log strength), each divided by its
        standard deviation over the candidates. A member that never fires takes the floor of the candidates.
-    3. Its pool is the nearest candidates: as many as are needed for `n` different sets, at least 20 (or all there are).
+    3. Its pool is the nearest candidates: as many as are needed for `n` different sets, at least 20, and never more
+       than half of the candidates (or 20), beyond which a set could not be called matched.
     4. A set draws one candidate from each member's pool, without repetition within the set.
 
     Raises UsageError when fewer than `n` different sets can be drawn; the caller then has too few live features to
@@ -101,16 +104,19 @@ def matched_random_sets(
     chosen = torch.tensor([int(f) for f in features], dtype=torch.long)
     taken = torch.zeros(len(activity.frequency), dtype=torch.bool)
     taken[chosen] = True
-    taken[list(exclude)] = True
+    taken[torch.tensor(sorted(exclude), dtype=torch.long)] = True
     candidates = ((activity.frequency > 0) & (activity.strength > 0) & ~taken).nonzero()[:, 0]
     where = f"{len(candidates)} live features outside the set of {len(chosen)}"
-    if len(candidates) < len(chosen) + 1:
+    if not len(chosen) or len(candidates) <= len(chosen):
         raise UsageError(f"cannot draw {n} matched sets", where=where)
-    pools = _pools(activity, chosen, candidates, size=max(20, -(-n // len(chosen))))
-    generator = torch.Generator().manual_seed(seed)
+    size = min(max(20, -(-n // len(chosen))), max(20, len(candidates) // 2))
+    pools = _pools(activity, chosen, candidates, size).tolist()
+    if math.comb(len({f for pool in pools for f in pool}), len(chosen)) < n:
+        raise UsageError(f"cannot draw {n} matched sets", where=where, hint="ask for fewer sets")
+    draws = random.Random(seed)
     sets: dict[tuple[int, ...], None] = {}
-    for _ in range(50 * n):
-        drawn = _draw(pools, generator)
+    for _ in range(20 * n):
+        drawn = _draw(pools, draws)
         if drawn is not None:
             sets[tuple(sorted(drawn))] = None
         if len(sets) == n:
@@ -126,17 +132,17 @@ def _pools(
     floor = traits[candidates].amin(0)
     logs = torch.maximum(traits, floor).log()
     scale = logs[candidates].std(0, correction=0).clamp(min=1e-9)
-    distance = torch.cdist(logs[chosen] / scale, logs[candidates] / scale)
+    distance = torch.cdist(logs[chosen] / scale, logs[candidates] / scale, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distance.argsort(dim=1, stable=True)[:, : min(size, len(candidates))]
     return candidates[nearest]
 
 
-def _draw(pools: Int[Tensor, "member pool"], generator: torch.Generator) -> list[int] | None:
+def _draw(pools: list[list[int]], draws: random.Random) -> list[int] | None:
     """One candidate from each pool, members in random order; None when a pool is exhausted."""
     drawn: list[int] = []
-    for member in torch.randperm(len(pools), generator=generator).tolist():
-        free = [f for f in pools[member].tolist() if f not in drawn]
+    for pool in draws.sample(pools, len(pools)):
+        free = [f for f in pool if f not in drawn]
         if not free:
             return None
-        drawn.append(free[int(torch.randint(len(free), (1,), generator=generator))])
+        drawn.append(draws.choice(free))
     return drawn
