@@ -63,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("audit", _audit, "does the model rely on a shortcut, and how sure are we?", "audit phantom-clip")
     sub.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL")
     sub.add_argument("--data", metavar="DATA", help=f"data folder (default: a phantom of {DEFAULT_IMAGES} images)")
-    sub.add_argument("--target", help="target name from dataset.json (default: what the model's card names, else first)")
+    sub.add_argument("--target", help="target in dataset.json (default: the one the model's card names)")
 
-    sub = command("extract", _extract, "write activations to a store", "extract phantom-clip --data D --site S --out ST")
+    sub = command("extract", _extract, "write activations to a store", "extract phantom-clip --data D --site S")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA", required=True)
     sub.add_argument("--site", action="append", required=True, metavar="SITE", help="hook name; may be repeated")
@@ -80,7 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--epochs", type=int, default=None, help="passes over the store")
 
     sub = command(
-        "ablate", _ablate, "remove features and see what the output does", "ablate phantom-clip --data D --features S:12"
+        "ablate",
+        _ablate,
+        "remove features and see what the output does",
+        "ablate phantom-clip --features S:12",
     )
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA")
@@ -179,7 +182,7 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    from mechinterp.data.images import read_image
+    from mechinterp.data import load_image
     from mechinterp.explain import METHODS, check_map
     from mechinterp.explain.picture import save_map
     from mechinterp.types import Target
@@ -188,7 +191,7 @@ def _explain(args: argparse.Namespace) -> None:
         raise UsageError(f"no method {args.method!r}", where="--method", hint=f"known: {', '.join(sorted(METHODS))}")
     out = _out(args)
     model = _load(args.model)
-    pixels = read_image(args.image)[None]
+    pixels = load_image(args.image)[None]
     target = Target(args.target, args.target, args.against, question=args.target if "?" in args.target else None)
     batch = model.prepare(pixels, [target], ids=(args.image.name,))
     attribution = METHODS[args.method](model, batch, target)
@@ -208,7 +211,7 @@ def _doctor(args: argparse.Namespace) -> None:
         print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
     failed = [check.name for check in checks if not check.ok]
     if failed:
-        raise MechInterpError(f"failed: {', '.join(failed)}", where=args.model, hint="do not trust numbers made with it")
+        raise MechInterpError(f"failed: {', '.join(failed)}", where=args.model, hint="do not trust its numbers")
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -41,7 +41,7 @@ def phantom_card(name: str, facts: dict) -> str:
             "",
             written,
             f"\nEffect of re-rendering the same patients with one factor set to 1 against 0, on the score for "
-            f"{facts['audit_target']} (in standard deviations of the score):\n",
+            f"{facts['target']} (in standard deviations of the score):\n",
             line("intervention", "change", "95 % interval"),
             line("---", "---", "---"),
             *do,

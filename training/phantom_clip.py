@@ -138,7 +138,7 @@ def main() -> None:
         "steps": args.steps,
         "images": args.images,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "audit_target": finding,
+        "target": finding,
         "planted": {"shortcut": shortcut, "finding": finding, "phi": rho} if args.shortcut else None,
         **evaluate(model, tokenizer, args.test, args.seed),
     }
