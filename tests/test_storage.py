@@ -160,6 +160,13 @@ def test_every_single_byte_flip_is_found(artefact, name, share, mask):
     assert problems and any(Path(name).name in problem for problem in problems)
 
 
+def test_a_change_of_white_space_in_a_manifest_is_found(tmp_path):
+    write_manifest(tmp_path, {})
+    path = tmp_path / MANIFEST
+    path.write_bytes(path.read_bytes().replace(b"\n", b" ", 1))
+    assert verify_folder(tmp_path) == [f"{MANIFEST}: does not match its own sha256"]
+
+
 def test_added_lost_and_outside_files_are_found(tmp_path):
     write_bytes(tmp_path / "a", b"1")
     write_manifest(tmp_path, {})
