@@ -27,6 +27,13 @@ def images(n: int, seed: int = 0) -> np.ndarray:
     return Phantom.sample(n, seed=seed, size=SIZE).render().astype(np.float32) / 255
 
 
+def write_folder(folder: Path, n: int, seed: int = 0) -> None:
+    """A phantom data folder on disk."""
+    from mechinterp.data.phantom import Phantom
+
+    Phantom.sample(n, seed=seed, size=SIZE).write(folder, masks=False)
+
+
 def model(seed: int = 0) -> tuple[HookedVLM, str]:
     """The bundled model if it is there, else a random one; and which it was."""
     if (BUNDLED / "phantom-clip" / "config.json").exists():
