@@ -106,7 +106,8 @@ def edema(s: Scene, seed: int) -> Map:
     haze = smooth((1.35 - d) * 1.1)
     net = np.abs(cut(texture(), s.p["roll"], s.size, 3))
     lines = smooth((0.30 - net) * 3.5)
-    septa = np.abs((s.height * 1.0 + 0.25 * s.a) / 0.030 % 1.0 - 0.5) * 2.0
+    septa = (s.height * 1.0 + 0.25 * s.a) / 0.030
+    septa = np.abs(septa - np.floor(septa) - 0.5) * 2.0
     septa = smooth((0.42 - septa) * 4.0) * ramp((s.a - s.lateral + 0.075) * 40.0) * smooth((0.24 - s.height) * 20.0)
     whole = (0.75 + 0.30 * size) * haze + (0.42 + 0.2 * size) * lines * (0.4 + 0.6 * haze) + 0.5 * septa
     return np.minimum(whole, 1.6) * s.lung * (1.0 - 0.6 * s.heart)

@@ -61,7 +61,7 @@ def portable(s: Scene, seed: int) -> Marks:
 
 
 def border(s: Scene, seed: int) -> Float32[np.ndarray, "n height width"]:
-    """Openness of the collimator of scanner beta in [0, 1]: it leaves a slightly turned dark frame (alpha opens fully)."""
+    """Openness in [0, 1] of the collimator of scanner beta, which leaves a slightly turned dark frame."""
     image = s.f["image"]
     wide = [_spot(seed, f"border/{k}", image, 0.012, 0.045)[:, None, None].astype(np.float32) for k in range(4)]
     turn = _spot(seed, "border/turn", image, -0.03, 0.03)[:, None, None].astype(np.float32)

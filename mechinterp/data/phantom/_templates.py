@@ -1,4 +1,4 @@
-"""The sentences. Slots: {side} {zone} {size} {things}. A sentence ends without its full stop; no comma in a negation."""
+"""The sentences. Slots: {side} {zone} {size} {things}; no final full stop, and no comma in a negation."""
 
 from __future__ import annotations
 

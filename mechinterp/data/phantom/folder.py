@@ -86,7 +86,7 @@ def write_phantom(phantom: Phantom, folder: Path, masks: bool) -> Path:
             for name, mask in zip(names, phantom.masks(factor), strict=True):
                 if mask.any():
                     _save(folder / "masks" / factor / Path(name).name, _png(mask))
-    table = {"image": names, "patient_id": phantom.patients}
+    table: dict[str, list] = {"image": names, "patient_id": phantom.patients}
     for factor in _COLUMNS:
         values, words = phantom.factors[factor], FACTORS[factor].values
         table[factor] = [words[int(v)] if words else int(v) for v in values]

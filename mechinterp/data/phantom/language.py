@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ FINDINGS = tuple(name for name, factor in FACTORS.items() if factor.kind == "fin
 MENTIONED = FINDINGS + tuple(DEVICES)
 CAPTION_WORDS = 24
 
-Row = Mapping[str, float]
+Row = Mapping[str, Any]
 
 
 class _Chooser:
@@ -123,7 +124,7 @@ def _caption(row: Row, seed: int) -> str:
 _SIDED = ("effusion", "pneumothorax", "consolidation", "nodule", "atelectasis", "drain")
 
 
-_ARTICLE = dict.fromkeys(("pneumothorax", "nodule", "drain", "pacemaker", "line"), "a ")
+_ARTICLE: dict[str, str] = dict.fromkeys(["pneumothorax", "nodule", "drain", "pacemaker", "line"], "a ")
 
 
 def reports(rows: Iterable[Row], seed: int) -> list[str]:
@@ -147,7 +148,7 @@ def prompts(name: str) -> tuple[str, str, str]:
 
 
 def question_answers(rows: Iterable[Row], seed: int) -> list[list[tuple[str, str]]]:
-    """Per image: as many questions answered yes as no (one no where nothing is there), and a side where there is one."""
+    """Per image: as many questions answered yes as no (one no where nothing is there), and one of side."""
     out = []
     for row in rows:
         choose = _Chooser(seed, int(row["image"]))
@@ -183,8 +184,9 @@ _NEGATION = re.compile(r"\b(?:no|not|without|absent|normal|free)\b")
 def mentions(report: str) -> dict[str, int | None]:
     """What a text of this language says of each finding and device: 1 present, 0 absent, None not mentioned.
 
-    A clause ends at a full stop, a comma, "but", "with" or before "without"; a negation holds for its clause. Said both ways, presence
-    wins. "The lungs are clear" denies what would lie in the lungs; "no acute finding" denies every finding not named.
+    A clause ends at a full stop, a comma, "but", "with" or before "without"; a negation holds for its clause. Said
+    both ways, presence wins. "The lungs are clear" denies what would lie in the lungs; "no acute finding" denies every
+    finding not named.
     """
     found: dict[str, int | None] = dict.fromkeys(MENTIONED)
     healthy = False

@@ -95,7 +95,7 @@ class Phantom:
         return out
 
     def masks(self, factor: str) -> Bool[np.ndarray, "n size size"]:
-        """Where the factor is in each image: nowhere if absent, everywhere if the factor is global (view, exposure ...).
+        """Where the factor is in each image: nowhere if absent, everywhere if it is global (view, exposure ...).
 
         The mask of a local factor, grown by a few pixels, bounds all that `do` of that factor changes; for `letter`
         and `breast` that is the union of the masks before and after.
@@ -146,7 +146,7 @@ class Phantom:
 
     @classmethod
     def load(cls, folder: str | Path) -> Phantom:
-        """Restore a written phantom, which renders to the bytes it was written with. Raises DataError or StorageError."""
+        """Restore a written phantom: it renders to the bytes it was written with. Raises DataError or StorageError."""
         from mechinterp.data.phantom.folder import load_phantom
 
         return load_phantom(Path(folder))
