@@ -28,7 +28,7 @@ def images_of(finding: np.ndarray, mark: np.ndarray, rng: np.random.Generator) -
     pixels = 0.35 + 0.08 * rng.normal(size=(n, SIZE, SIZE))
     y, x = np.mgrid[:SIZE, :SIZE]
     cy, cx = rng.uniform(13, 25, (2, n))
-    strength = rng.uniform(0.15, 0.5, n) * finding
+    strength = rng.uniform(0.0, 0.22, n) * finding
     pixels += strength[:, None, None] * np.exp(-((y - cy[:, None, None]) ** 2 + (x - cx[:, None, None]) ** 2) / 14)
     pixels[:, 1:6, 1:6] += 0.5 * mark[:, None, None]
     return np.clip(pixels, 0, 1).astype(np.float32)
@@ -65,7 +65,7 @@ def write_cohort(folder: Path, n: int = 480, seed: int = 1, columns: tuple[str, 
     return folder
 
 
-def trained_clip(phi: float, seed: int = 0, steps: int = 250) -> HookedVLM:
+def trained_clip(phi: float, seed: int = 0, steps: int = 160) -> HookedVLM:
     """A tiny CLIP trained to score the finding, in a cohort where the mark goes with it with correlation `phi`."""
     hf, processor = tiny("clip", seed=seed)
     model = HookedVLM(hf, processor, name=f"toy-{phi:g}")

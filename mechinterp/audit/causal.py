@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from mechinterp.audit.settings import Settings
 from mechinterp.errors import UsageError
@@ -30,6 +30,7 @@ from mechinterp.metrics.statistics import (
     Interval,
     PatientBootstrap,
     auroc,
+    difference_weights,
     percentile_interval,
     permutation_p,
     smallest_detectable_effect,
@@ -94,7 +95,8 @@ class Harm:
     """AUROC where the attribute agrees with the target minus AUROC where it contradicts it, and what ablation mends.
 
     Fields: `gap` before, `gap_after` ablation, `recovered` = gap - gap_after, all signed so that a gap in the direction
-    of the causal effect is positive.
+    of the causal effect is positive. AUROC saturates: a partial removal can take most of an effect away and yet close
+    little of a large gap, so `gap` is the harm and `recovered` a supplement.
     """
 
     aligned: float
@@ -142,7 +144,7 @@ def causal_effect(
     push = trial.remove([features])[0]
     effect = float(stratified_mean_difference(push[known], attribute, labels)[0])
     draws = stratified_mean_difference(push[known], attribute, labels, trial.bootstrap.weights[:, known])
-    single = trial.push[:, known] @ _contrast(attribute, labels)
+    single = trial.push[:, known] @ difference_weights(attribute, labels)
     place = {feature: i for i, feature in enumerate(trial.features)}
     sets = _matched(activity, features, settings.random_sets, seed, place)
     null = np.array([single[[place[f] for f in members]].sum() for members in sets])
@@ -175,7 +177,7 @@ def joint_p(
     sets = _matched(activity, features, settings.joint_sets, seed + 1, place)
     if not sets:
         return float("nan")
-    null = trial.remove(sets)[:, known] @ _contrast(values[known], trial.labels[known])
+    null = trial.remove(sets)[:, known] @ difference_weights(values[known], trial.labels[known])
     return permutation_p(abs(causal.effect), np.abs(null))
 
 
@@ -208,19 +210,6 @@ def harm(trial: Trial, causal: Causal, values: Float[np.ndarray, " n"]) -> Harm:
         recovered=gap - gap_after,
         recovered_ci95=percentile_interval(gap_draws - after_draws),
     )
-
-
-def _contrast(attribute: Float[np.ndarray, " n"], labels: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Weights c with c @ x = stratified_mean_difference(x, attribute, labels); zeros where it is undefined."""
-    weights, mass = np.zeros(len(labels)), 0.0
-    for stratum in np.unique(labels):
-        one, zero = (((labels == stratum) & (attribute == v)) for v in (1, 0))
-        n1, n0 = one.sum(), zero.sum()
-        if n1 and n0:
-            share = n1 * n0 / (n1 + n0)
-            weights[one], weights[zero] = share / n1, -share / n0
-            mass += share
-    return weights / mass if mass else weights
 
 
 def _matched(

@@ -1,4 +1,4 @@
-"""The dictionary that an audit reads features from: given, stored beside the model, kept from last time, or trained now."""
+"""The dictionary that an audit reads: given, stored beside the model, kept from last time, or trained now."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["cache_folder", "default_site", "dictionary_of", "model_folder", "tok
 
 log = logging.getLogger(__name__)
 
-EPOCHS, WIDTH, ACTIVE = 12, 1024, 16
+STEPS, BATCH, WIDTH, ACTIVE = 1500, 1024, 1024, 16
 ROWS_PER_SECOND = 20_000  # of SAE training, width 1024, two cores; for the estimate that is shown only
 
 
@@ -77,10 +77,11 @@ def _train(model: HookedVLM, data: ImageData, seed: int) -> tuple[Placed, str]:
     rows, columns = model.grid_shape
     n_rows = int((fitting.split == "train").sum()) * rows * columns
     width = WIDTH if n_rows >= 20 * WIDTH else max(64, 2 ** ((n_rows // 20).bit_length() - 1) if n_rows >= 1280 else 64)
-    config = TopKConfig(k=ACTIVE, width=width, epochs=EPOCHS)
+    epochs = max(4, -(-STEPS // max(1, n_rows // BATCH)))
+    config = TopKConfig(k=ACTIVE, width=width, epochs=epochs, batch_size=BATCH)
     cache = cache_folder()
     where = store_folder(cache / "activations", model, fitting, [site], tokens="all", seed=seed)
-    out = cache / "dictionaries" / f"{where.name}-{site}-topk{config.k}-w{width}-e{EPOCHS}-s{seed}"
+    out = cache / "dictionaries" / f"{where.name}-{site}-topk{config.k}-w{width}-e{epochs}-s{seed}"
     said = f"trained for this audit on {len(fitting)} train and val images (TopK, k={config.k}, width {width}, {site})"
     if (out / MANIFEST).exists():
         return load_sae(out), said
@@ -88,7 +89,7 @@ def _train(model: HookedVLM, data: ImageData, seed: int) -> tuple[Placed, str]:
         "no dictionary is stored for %s: training one at %s takes about %.0f s and is kept in %s",
         model.label,
         site,
-        5 + len(fitting) / 200 + n_rows * EPOCHS / ROWS_PER_SECOND,
+        5 + len(fitting) / 200 + n_rows * epochs / ROWS_PER_SECOND,
         cache,
     )
     store = extract(model, fitting, [site], where, tokens="all", seed=seed)

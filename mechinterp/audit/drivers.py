@@ -24,7 +24,7 @@ IN_BORDER = 0.7  # share of the activation in the border that makes a driver loo
 
 @dataclass(frozen=True)
 class Driver:
-    """A feature, its share of the score's total absolute effect, its mean push where it fires, and what explains it best."""
+    """A feature, its share of the score's total absolute effect, its mean push, and what explains it best."""
 
     feature: int
     share: float
@@ -45,7 +45,7 @@ class Place:
 
 
 def find_drivers(trial: Trial, selectivity: Selectivity, taken: set[int]) -> list[Driver]:
-    """The features with the largest share of the effect, among those that neither an attribute nor the target explains."""
+    """The features with the largest share of the effect that neither an attribute nor the target explains."""
     total = np.abs(trial.push).sum()
     if total == 0:
         return []

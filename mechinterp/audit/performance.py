@@ -24,7 +24,7 @@ def performance_rows(
     """Rows of the performance table on test patients: overall first, metadata_only second, then subgroups.
 
     A subgroup needs `min_cell` images with and without the target. `difference` is its AUROC minus that of the other
-    images with a known value, with a patient-bootstrap interval.
+    images with a known value, with a patient-bootstrap interval. `model_minus_metadata` is paired: the same patients.
     """
     score, labels = evidence.score[evidence.test], evidence.labels[evidence.test]
     everyone = np.ones(len(score), dtype=bool)
@@ -33,6 +33,9 @@ def performance_rows(
     rows.append({"group": METADATA, "n": 0, "auroc": None, "ci95": [None, None]})
     if guess is not None:
         rows[1] = _row(METADATA, guess, labels, everyone, bootstrap)
+        draws = bootstrap.auroc(score, labels) - bootstrap.auroc(guess, labels)
+        rows[1]["model_minus_metadata"] = rows[0]["auroc"] - rows[1]["auroc"]
+        rows[1]["model_minus_metadata_ci95"] = list(percentile_interval(draws))
     for attribute in attributes:
         if attribute.kind == "finding":
             continue

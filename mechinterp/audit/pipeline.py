@@ -44,6 +44,7 @@ from mechinterp.types import FeatureId, Placed, Target
 __all__ = ["AuditResult", "audit"]
 
 SCHEMA_VERSION = 1
+DEFAULT = Settings()
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def audit(
     out: Path | str = Path("out/audit"),
     seed: int = 0,
     placed: Placed | None = None,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULT,
 ) -> AuditResult:
     """Audit `model` on `data`, and write the report to `out`.
 

@@ -60,10 +60,9 @@ def _skill(record: dict[str, Any]) -> dict[str, str]:
     if metadata["auroc"] is None:
         return _line(question, "NOT TESTED", f"{said}; there is no metadata to compare with", "performance")
     said += f"; metadata alone {_area(metadata)}"
-    better = overall["ci95"][0] > metadata["ci95"][1]
-    if better and overall["ci95"][0] > 0.5:
-        return _line(question, "PASS", said, "performance")
-    return _line(question, "CONCERN", f"{said}: not clearly apart" if overall["ci95"][0] > 0.5 else said, "performance")
+    low, high = metadata["model_minus_metadata_ci95"]
+    said += f"; difference {metadata['model_minus_metadata']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return _line(question, "PASS" if low > 0 and overall["ci95"][0] > 0.5 else "CONCERN", said, "performance")
 
 
 def _groups(record: dict[str, Any], settings: Settings) -> dict[str, str]:

@@ -29,6 +29,6 @@ class Settings:
     alpha: float = 0.05
     min_cell: int = 10
     draws: int = 2000
-    random_sets: int = 2000
+    random_sets: int = 1000
     joint_sets: int = 100
     max_images: int = 400

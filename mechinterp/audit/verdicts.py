@@ -15,6 +15,7 @@ from mechinterp.metrics.statistics import Interval
 __all__ = ["Ruling", "Verdict", "rule", "suspicious", "within", "worst"]
 
 Verdict = Literal["FAIL", "CONCERN", "PASS", "NOT TESTED"]
+ACCOUNTED = 0.25
 _ORDER: tuple[Verdict, ...] = ("FAIL", "CONCERN", "NOT TESTED", "PASS")
 
 
@@ -54,7 +55,8 @@ def rule(
     """The verdict of one attribute.
 
     FAIL: its features move the score (Holm-adjusted p below alpha, interval without 0, effect at least `effect_line`,
-    and beyond random sets removed together) and mend at least `harm_line` of AUROC when removed (interval without 0).
+    and beyond random sets removed together), they account for at least `ACCOUNTED` of the score gap that is seen at the
+    same label, and AUROC is at least `harm_line` lower where the attribute contradicts the label (interval without 0).
     CONCERN: they move it without proof of harm; or the score follows the attribute at the same truth by no feature
     that we found. A finding that goes with the target can be a medical reason, so it is never FAIL.
     PASS: the interval of the effect lies within the line, and the score does not follow the attribute.
@@ -75,13 +77,17 @@ def rule(
     moves = adjusted_p < settings.alpha and not _holds_zero(causal.ci95) and not removed_together_p >= settings.alpha
     if moves and abs(causal.effect) >= line:
         assert harmed is not None, "harm is computed wherever an effect is"
-        mends = f"removal closes {harmed.recovered:+.3f} {_range(harmed.recovered_ci95)} of an AUROC gap of {harmed.gap:+.3f}"
-        hurts = harmed.recovered >= settings.harm_line and harmed.recovered_ci95[0] > 0
+        costs = (
+            f"AUROC is {harmed.gap:.3f} {_range(harmed.gap_ci95)} higher where it agrees with the label than where it "
+            f"contradicts it; removal closes {harmed.recovered:+.3f} {_range(harmed.recovered_ci95)}"
+        )
+        accounts = causal.effect * observed.score_gap > 0 and abs(causal.effect) >= ACCOUNTED * abs(observed.score_gap)
+        hurts = accounts and harmed.gap >= settings.harm_line and harmed.gap_ci95[0] > 0
         if kind == "finding":
-            return Ruling("CONCERN", f"{proof} ({against}); as a finding it may be a medical reason; {mends}")
+            return Ruling("CONCERN", f"{proof} ({against}); as a finding it may be a medical reason; {costs}")
         if hurts:
-            return Ruling("FAIL", f"{proof} ({against}), and {mends}")
-        return Ruling("CONCERN", f"{proof} ({against}), but harm is not shown: {mends}")
+            return Ruling("FAIL", f"{proof} ({against}), and {costs}")
+        return Ruling("CONCERN", f"{proof} ({against}), but harm is not shown: {costs}")
     if suspicious(observed, gap_p, settings):
         return Ruling("CONCERN", f"{seen}, which the features found do not account for ({proof})")
     if within(causal.ci95, line):

@@ -21,6 +21,7 @@ __all__ = [
     "auroc",
     "auroc_columns",
     "benjamini_hochberg",
+    "difference_weights",
     "holm",
     "percentile_interval",
     "permutation_p",
@@ -122,6 +123,22 @@ def stratified_mean_difference(
         total += weight * difference
         mass += weight
     return np.divide(total, mass, out=np.full(len(table), np.nan), where=mass > 0)
+
+
+def difference_weights(
+    attribute: Num[np.ndarray, " n"], strata: Shaped[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """Weights c with c @ values = `stratified_mean_difference(values, attribute, strata)`; zeros where undefined."""
+    with_it = np.asarray(attribute) > 0.5
+    weights, mass = np.zeros(len(with_it)), 0.0
+    for stratum in np.unique(strata):
+        one, zero = (strata == stratum) & with_it, (strata == stratum) & ~with_it
+        n1, n0 = one.sum(), zero.sum()
+        if n1 and n0:
+            share = n1 * n0 / (n1 + n0)
+            weights[one], weights[zero] = share / n1, -share / n0
+            mass += share
+    return weights / mass if mass else weights
 
 
 @dataclass(frozen=True)
