@@ -23,7 +23,7 @@ def run(quick: bool = False) -> list[Row]:
     """Images per second from a phantom folder on disk: patch tokens of one late site, and pooled vectors."""
     n_images, repeats = (64, 1) if quick else (512, 3)
     model, name = subject.model()
-    site = "vision.blocks.4.hook_resid_post"
+    site = f"vision.blocks.{model.n_layers() - 2}.hook_resid_post"
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         subject.write_folder(Path(folder) / "data", n_images)

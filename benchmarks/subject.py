@@ -1,4 +1,4 @@
-"""What is measured: the bundled phantom-clip and its dictionary, or a random model and dictionary of that shape."""
+"""What is measured: the bundled dual encoders with their dictionaries, and a larger random model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 
 from mechinterp.models import HookedVLM
 from mechinterp.types import Placed, Target
+from saes import load_sae
 from saes.dictionary import SparseDictionary, TopK
 
 BUNDLED = Path(__file__).parent.parent / "mechinterp" / "bundled"
 SIZE, PATCH, LAYERS, D_MODEL, WIDTH, K = 128, 16, 6, 128, 1024, 16
+NAMES = ("phantom-clip", "cxr-clip")
+RANDOM = f"random CLIP, {LAYERS} blocks of {D_MODEL}"
 TARGETS = [
     Target(name, f"a chest x-ray with {name}", f"a chest x-ray without {name}")
     for name in ("effusion", "pneumothorax", "consolidation", "cardiomegaly")
@@ -35,10 +38,24 @@ def write_folder(folder: Path, n: int, seed: int = 0) -> None:
 
 
 def model(seed: int = 0) -> tuple[HookedVLM, str]:
-    """The bundled model if it is there, else a random one; and which it was."""
-    if (BUNDLED / "phantom-clip" / "config.json").exists():
-        return HookedVLM.from_pretrained(str(BUNDLED / "phantom-clip")), "phantom-clip"
-    return HookedVLM(*random_clip(seed)), "random weights, shape of phantom-clip"
+    """The first bundled model that is there, else a random one; and which it is."""
+    for name in NAMES:
+        if (BUNDLED / name / "config.json").exists():
+            return HookedVLM.from_pretrained(str(BUNDLED / name)), name
+    return HookedVLM(*random_clip(seed)), RANDOM
+
+
+def subjects(pixels: np.ndarray) -> list[tuple[HookedVLM, Placed, str]]:
+    """Model, dictionary, and a word on them: what is bundled, then a larger random model with two sampled ones."""
+    found: list[tuple[HookedVLM, Placed, str]] = []
+    for name in NAMES:
+        for folder in sorted(path.parent for path in (BUNDLED / name).rglob("mechinterp.json")):
+            found.append((HookedVLM.from_pretrained(str(BUNDLED / name)), load_sae(folder), name))
+    clip = HookedVLM(*random_clip(0))
+    for layer in (LAYERS - 2, LAYERS - 3):
+        site = f"vision.blocks.{layer}.hook_resid_post"
+        found.append((clip, Placed.sae(sampled_dictionary(clip, site, pixels[:16]), site), RANDOM))
+    return found
 
 
 def random_clip(seed: int) -> tuple[Any, Any]:
@@ -66,18 +83,6 @@ def random_clip(seed: int) -> tuple[Any, Any]:
     square = {"height": SIZE, "width": SIZE}
     pixels = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square)
     return clip.eval(), SimpleNamespace(image_processor=pixels, tokenizer=tokenizer)
-
-
-def dictionary(vlm: HookedVLM, site: str, name: str, pixels: np.ndarray) -> tuple[Placed, str]:
-    """The dictionary stored for the bundled model at `site`, else one made of token activations; and which it was."""
-    if name == "phantom-clip":
-        from saes import load_sae
-
-        for folder in sorted(path.parent for path in (BUNDLED / name).rglob("mechinterp.json")):
-            placed = load_sae(folder)
-            if str(placed.reads) == site:
-                return placed, f"stored dictionary ({placed.dictionary.W_dec.shape[0]} features)"
-    return Placed.sae(sampled_dictionary(vlm, site, pixels), site), f"{WIDTH} sampled directions, TopK {K}"
 
 
 @torch.no_grad()
