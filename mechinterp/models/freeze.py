@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, assert_never
 import torch
 from torch import Tensor, nn
 
-from mechinterp.errors import MechInterpError
 from mechinterp.models import scoring
 from mechinterp.models.tables import Classifier, Dual, Features, Generative
 from mechinterp.models.taps import Norm, Pattern, Tap
@@ -103,7 +102,7 @@ def attempt(check: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
     """Run a check; a failure inside it is a failed check that says what happened."""
     try:
         return check()
-    except (MechInterpError, RuntimeError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:  # whatever it is, it is what the user wants to read
         return False, f"{type(error).__name__}: {error}"
 
 
