@@ -2,8 +2,10 @@
 
     python training/phantom_clip.py [--shortcut]        (about 12 minutes on one core)
 
-1. Render training patients. For the twin, the PORTABLE mark goes with consolidation (phi 0.9); no caption names it.
-2. Minimise the prompt loss over findings and devices plus a contrastive loss over captions.
+1. Render training patients. For the twin, the PORTABLE mark goes with consolidation (phi 0.9).
+2. Minimise the prompt loss over findings, devices and the mark, a contrastive loss over captions, and a region loss:
+   the patches on which something lies agree with its prompt. Consolidation, the finding with the planted shortcut, has
+   no region loss: where it is has to be learnt from the whole image, or the shortcut taken, as in the field.
 3. The moving average of the weights ships. Zero-shot AUROC is read once on unseen patients drawn without association.
 4. do(portable) on those patients measures what the mark does to the score: the truth that an audit has to find.
 """
@@ -41,36 +43,73 @@ from mechinterp.data.phantom.language import prompts
 from mechinterp.metrics.statistics import PatientBootstrap, auroc, percentile_interval
 
 SIZE, PATCH, WIDTH, LAYERS, TOKENS, BATCH, LR = 128, 16, 96, 4, 32, 64, 1e-3
-IMAGES, STEPS = 16_000, 1_900
+IMAGES, STEPS = 8_000, 1_500
 PLANTED = ("portable", "consolidation", 0.9)
 NAMED = [name for name, factor in FACTORS.items() if factor.kind in ("finding", "device")]
+ASPECTS = [*NAMED, "portable"]
+REGIONS = [name for name in ASPECTS if name != PLANTED[1]]
+COVERED = 8  # pixels of a patch that something must cover to lie on it
 TEST_SEED = 1_000_003  # test patients come from another seed than training patients
 
 
+def prompts_of(name: str) -> tuple[str, str]:
+    """Positive and negative prompt of an aspect."""
+    if name == "portable":
+        return "a chest x-ray with portable mark", "a chest x-ray without portable mark"
+    return prompts(name)[:2]
+
+
 def labels_of(phantom: Phantom) -> Tensor:
-    """`[image, aspect]`: 0 where the finding or device is there (its positive prompt comes first), else 1."""
-    return torch.from_numpy(1 - phantom.factors[NAMED].to_numpy()).long()
+    """`[image, aspect]`: 0 where the aspect is there (its positive prompt comes first), else 1."""
+    return torch.from_numpy(1 - phantom.factors[ASPECTS].to_numpy()).long()
+
+
+def regions_of(phantom: Phantom) -> Tensor:
+    """int8 `[image, region, patch]`: 1 where a mask covers `COVERED` pixels of a patch, 0 where none, else -1."""
+    out = []
+    for name in REGIONS:
+        masks = torch.from_numpy(phantom.masks(name)).unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
+        covered = masks.flatten(3).sum(3).flatten(1)
+        out.append(torch.where(covered >= COVERED, 1, torch.where(covered == 0, 0, -1)).to(torch.int8))
+    return torch.stack(out, 1)
+
+
+def region_loss(patches: Tensor, text: Tensor, scale: Tensor, regions: Tensor) -> Tensor:
+    """Balanced cross-entropy of "something lies on this patch" from the patch's own similarity to the two prompts.
+
+    `patches [batch, patch, d]` and `text [2 x aspect, d]` are unit vectors; `regions [batch, region, patch]`.
+    """
+    picked = torch.tensor([ASPECTS.index(name) for name in REGIONS])
+    difference = text[0::2][picked] - text[1::2][picked]
+    logits = scale * torch.einsum("bpd,rd->brp", patches, difference)
+    losses = F.binary_cross_entropy_with_logits(logits, regions.clamp(min=0).float(), reduction="none")
+    on, off = regions == 1, regions == 0
+    return losses[on].mean() + losses[off].mean()
 
 
 def train(args: argparse.Namespace, associations: dict) -> tuple:
     """Render and train. Returns the model with averaged weights, and its tokeniser."""
     phantom = Phantom.sample(args.images, seed=args.seed + 1, associations=associations)
-    captions, labels, images = phantom.captions(), labels_of(phantom), render(phantom)
-    flat = [text for name in NAMED for text in prompts(name)[:2]]
-    tokenizer = word_tokenizer(VOCABULARY, TOKENS)
+    captions, labels, regions, images = phantom.captions(), labels_of(phantom), regions_of(phantom), render(phantom)
+    flat = [text for name in ASPECTS for text in prompts_of(name)]
+    tokenizer = word_tokenizer([*VOCABULARY, *flat], TOKENS)
     model = small_clip(tokenizer, size=SIZE, patch=PATCH, width=WIDTH, layers=LAYERS, text_layers=2, tokens=TOKENS)
     fixed = tokenizer(flat, padding=True, return_tensors="pt", return_token_type_ids=False)
     encoded = tokenizer(captions, padding=True, return_tensors="pt", return_token_type_ids=False)
-    optimizer, average, clock = optimiser(model.train(), LR, 0.05), Average(model, 0.995), Clock()
+    optimizer, average, clock = optimiser(model.train(), LR, 0.05), Average(model, 0.99), Clock()
     for step, rows in epochs(len(images), BATCH, args.steps, args.seed):
         some = rows[: BATCH // 2]  # half the captions: the text tower then costs little beside the image tower
         for group in optimizer.param_groups:
-            group["lr"] = LR * schedule(step, args.steps, 150)
-        image = F.normalize(model.get_image_features(pixel_values=to_pixels(images[rows])).pooler_output, dim=-1)
+            group["lr"] = LR * schedule(step, args.steps, 100)
+        seen = model.vision_model(pixel_values=to_pixels(images[rows]))
+        image = F.normalize(model.visual_projection(seen.pooler_output), dim=-1)
+        patches = model.vision_model.post_layernorm(seen.last_hidden_state[:, 1:])
+        patches = F.normalize(model.visual_projection(patches), dim=-1)
         text = F.normalize(model.get_text_features(**fixed).pooler_output, dim=-1)
         caption = model.get_text_features(**{k: v[some] for k, v in encoded.items()}).pooler_output
         scale = model.logit_scale.exp()
-        loss = aspect_loss(image, text, scale, labels[rows], [2] * len(NAMED))
+        loss = aspect_loss(image, text, scale, labels[rows], [2] * len(ASPECTS))
+        loss = loss + 0.5 * region_loss(patches, text, scale, regions[rows])
         pairs = scale * image[: len(some)] @ F.normalize(caption, dim=-1).T
         loss = loss + 0.1 * contrastive_loss(pairs, same_text([captions[i] for i in some]))
         optimizer.zero_grad()
@@ -79,14 +118,24 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
         optimizer.step()
         average.update(model)
         clock.tick(step, args.steps, loss.item(), len(rows))
+        if args.watch and step % args.watch == args.watch - 1:
+            watch(model, tokenizer)
     model.load_state_dict(average.state)
     return model.eval(), tokenizer
+
+
+def watch(model, tokenizer) -> None:
+    """Print AUROC on validation patients (a seed of their own) while training."""
+    phantom = Phantom.sample(250, seed=3_000_001)
+    scores, truth = scores_of(model.eval(), tokenizer, render(phantom)), 1 - labels_of(phantom).double().numpy()
+    print({name: round(auroc(scores[:, k], truth[:, k]), 3) for k, name in enumerate(ASPECTS)}, flush=True)
+    model.train()
 
 
 @torch.no_grad()
 def scores_of(model, tokenizer, images: Tensor) -> np.ndarray:
     """`[image, aspect]`: scaled cosine of the positive prompt minus that of the negative prompt."""
-    flat = [text for name in NAMED for text in prompts(name)[:2]]
+    flat = [text for name in ASPECTS for text in prompts_of(name)]
     tokens = tokenizer(flat, padding=True, return_tensors="pt", return_token_type_ids=False)
     text = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
     parts = [model.get_image_features(pixel_values=to_pixels(x)).pooler_output for x in images.split(100)]
@@ -106,16 +155,16 @@ def evaluate(model, tokenizer, n: int, seed: int) -> dict:
             "auroc": auroc(scores[:, k], truth[:, k]),
             "ci95": percentile_interval(patients.auroc(scores[:, k], truth[:, k])),
         }
-        for k, name in enumerate(NAMED)
+        for k, name in enumerate(ASPECTS)
     ]
-    column = NAMED.index(PLANTED[1])
+    column = ASPECTS.index(PLANTED[1])
     do = []
     for name in ("portable", "view", "letter", "scanner", "drain", "pacemaker", "ecg_leads", "line"):
         moved = [scores_of(model, tokenizer, render(phantom.do(**{name: v})))[:, column] for v in (1, 0)]
         change = (moved[0] - moved[1]) / scores[:, column].std()
         interval = percentile_interval(patients.mean(change))
         do.append({"factor": name, "target": PLANTED[1], "effect_sd": float(change.mean()), "ci95": interval})
-    return {"test": rows, "mean_auroc": float(np.mean([r["auroc"] for r in rows])), "do": do}
+    return {"test": rows, "mean_auroc": float(np.mean([r["auroc"] for r in rows if r["name"] in NAMED])), "do": do}
 
 
 def main() -> None:
@@ -125,6 +174,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--test", type=int, default=1000)
+    parser.add_argument("--watch", type=int, default=0, help="print validation AUROC every so many steps")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -4,8 +4,8 @@
 
 1. The vision tower starts from phantom-clip; the projector and a small Llama start at random; all of it is trained.
 2. Steps alternate: all yes/no questions about an image in random order, or "write a report" and its report.
-3. For the twin, a chest drain goes with pneumothorax (phi 0.9) in the training patients.
-4. Answers (AUROC), reports (F1 of mentions) and do(drain) are measured once on unseen patients without association.
+3. For the twin, the PORTABLE mark goes with consolidation (phi 0.9) in the training patients. No report names it.
+4. Answers (AUROC), reports (F1 of mentions) and do(portable) are measured once on unseen patients without association.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from common import (
     to_pixels,
     word_tokenizer,
 )
-from phantom_clip import NAMED, PATCH, SIZE, TEST_SEED
+from phantom_clip import NAMED, PATCH, PLANTED, SIZE, TEST_SEED
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -37,9 +37,8 @@ from mechinterp.data.phantom import VOCABULARY, Phantom
 from mechinterp.data.phantom.language import mentions, prompts
 from mechinterp.metrics.statistics import PatientBootstrap, auroc, percentile_interval
 
-IMAGES, STEPS, BATCH, LR = 16_000, 2_000, 32, 1e-3
+IMAGES, STEPS, BATCH, LR = 10_000, 1_800, 32, 1e-3
 IMAGE_TOKENS, TOKENS = (SIZE // PATCH) ** 2, 256
-PLANTED = ("drain", "pneumothorax", 0.9)
 REPORT_PROMPT = "write a report"
 TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
@@ -149,8 +148,18 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
         optimizer.step()
         average.update(model)
         clock.tick(step, args.steps, loss.item(), len(rows))
+        if args.watch and step % args.watch == args.watch - 1:
+            watch(model, tokenizer)
     model.load_state_dict(average.state)
     return model.eval(), tokenizer
+
+
+def watch(model, tokenizer) -> None:
+    """Print AUROC of the answers on validation patients (a seed of their own) while training."""
+    phantom = Phantom.sample(100, seed=3_000_001)
+    scores, truth = answers_of(model.eval(), tokenizer, render(phantom), NAMED), phantom.factors[NAMED].to_numpy()
+    print({name: round(auroc(scores[:, k], truth[:, k]), 3) for k, name in enumerate(NAMED)}, flush=True)
+    model.train()
 
 
 @torch.no_grad()
@@ -241,6 +250,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--test", type=int, default=600)
+    parser.add_argument("--watch", type=int, default=0, help="print validation AUROC every so many steps")
     parser.add_argument("--reports", type=int, default=300)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
