@@ -30,12 +30,15 @@ def doctor(model: HookedVLM, batch: ImageTextBatch | None = None, thorough: bool
     `thorough` edits the points of every block; otherwise of the first, the middle and the last block of each tower.
     """
     batch = example_batch(model) if batch is None else with_text(model, batch[:2])
+    # transformers installs hooks of its own on a first run; what is there after it is what must be there in the end
+    attempt(lambda: (True, str(_plain(model, batch).shape)))
+    state = _state(model)
     checks: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
         ("pixel range", lambda: _pixel_range(model, batch)),
         ("parity", lambda: _parity(model, batch)),
         ("residual sums", lambda: _residual_sums(model, batch)),
         ("edits", lambda: _edits(model, batch, thorough)),
-        ("restore", lambda: _restore(model, batch)),
+        ("restore", lambda: _restore(model, batch, state)),
         ("patch grid", lambda: _patch_grid(model, batch)),
         ("freeze", lambda: _freezes(model, batch, thorough)),
         ("score", lambda: _score(model, batch)),
@@ -117,7 +120,7 @@ def _edits(model: HookedVLM, batch: ImageTextBatch, thorough: bool) -> tuple[boo
     return not still, f"{len(names)} points edited" + (f"; no effect at {', '.join(still[:5])}" if still else "")
 
 
-def _restore(model: HookedVLM, batch: ImageTextBatch) -> tuple[bool, str]:
+def _restore(model: HookedVLM, batch: ImageTextBatch, state: dict[str, Any]) -> tuple[bool, str]:
     """The model is as it was: after an edit, and after a hook that raises."""
 
     class Stop(Exception):
@@ -127,7 +130,7 @@ def _restore(model: HookedVLM, batch: ImageTextBatch) -> tuple[bool, str]:
         raise Stop
 
     with torch.no_grad():
-        before, state = _plain(model, batch), _state(model)
+        before = _plain(model, batch)
         for name in _chosen(model, "*", thorough=False):
             try:
                 model.run_with_hooks(batch, fwd_hooks=[(name, raising)])
