@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 
 from mechinterp.models import HookedVLM
-from mechinterp.types import Target
+from mechinterp.types import ImageTextBatch, Target
 from tests.tiny_models import tiny
 
 SIZE = 32
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 TARGET = Target("finding", "a chest x-ray with pneumonia", "a chest x-ray without pneumonia")
 
 
@@ -78,7 +80,9 @@ def trained_clip(phi: float, seed: int = 0, steps: int = 160) -> HookedVLM:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         finding = rng.integers(0, 2, 64)
         mark = np.where(rng.random(64) < (1 + phi) / 2, finding, 1 - finding)
-        batch = model.prepare(images_of(finding, mark, rng), [TARGET])
+        # the model's own preprocessing, without its rounding to 8 bits: many images, quickly
+        grey = torch.from_numpy(images_of(finding, mark, rng))[:, None].expand(-1, 3, -1, -1)
+        batch = ImageTextBatch((grey - MEAN[None, :, None, None]) / STD[None, :, None, None])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
             model.score(batch, [TARGET])[:, 0], torch.from_numpy(finding).float()
         )

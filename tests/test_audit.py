@@ -1,0 +1,192 @@
+"""The audit says FAIL for a model that was trained on a shortcut, and not for its clean twin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mechinterp.audit import Settings, audit
+from mechinterp.audit import dictionary as dictionaries
+from mechinterp.audit.candidates import Observed
+from mechinterp.audit.causal import Causal, Harm
+from mechinterp.audit.probe import logistic_scores
+from mechinterp.audit.verdicts import rule, worst
+from mechinterp.data import open_data
+from mechinterp.errors import DataError, UsageError
+from mechinterp.metrics.contingency import OddsRatio
+from mechinterp.storage import verify_folder
+from tests.audit_toys import trained_clip, write_cohort
+
+QUICK = Settings(draws=500, random_sets=300)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache for all audits of this file, and a short training of the dictionaries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MECHINTERP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(dictionaries, "STEPS", 500)
+        yield
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return open_data(write_cohort(tmp_path_factory.mktemp("toy") / "data"))
+
+
+@pytest.fixture(scope="module")
+def shortcut_model():
+    return trained_clip(0.9)
+
+
+@pytest.fixture(scope="module")
+def verdicts(cache, cohort, shortcut_model, tmp_path_factory):
+    """The audits of the model that leans on the mark and of its clean twin."""
+    out = tmp_path_factory.mktemp("out")
+    return {
+        "shortcut": audit(shortcut_model, cohort, out=out / "shortcut", settings=QUICK),
+        "clean": audit(trained_clip(0.0), cohort, out=out / "clean", settings=QUICK),
+    }
+
+
+def row_of(result, candidate):
+    return next(row for row in result.record["shortcuts"] if row["candidate"] == candidate)
+
+
+def test_a_planted_shortcut_fails_and_its_features_look_at_the_mark(verdicts):
+    row = row_of(verdicts["shortcut"], "mark")
+    assert row["verdict"] == "FAIL", row["reason"]
+    assert row["causal_effect"] > 0.25 and row["causal_ci95"][0] > 0 and row["causal_p"] < 0.05
+    assert row["harm_auroc_gap"] > 0.05 and row["detectable_auroc"] > 0.95
+    cards = {card["id"]: card for card in verdicts["shortcut"].record["features"]}
+    named = [cards[feature] for feature in row["features"] if feature in cards]
+    assert named and all(card["best_attribute"] == "mark" for card in named)
+    assert any("upper left" in card["place"] for card in named)
+    assert verdicts["shortcut"].record["questions"][0]["verdict"] == "FAIL"
+
+
+def test_the_clean_twin_does_not_fail(verdicts):
+    for row in verdicts["clean"].record["shortcuts"]:
+        assert row["verdict"] != "FAIL", row["reason"]
+    assert row_of(verdicts["clean"], "mark")["verdict"] == "PASS"
+
+
+def test_attributes_that_nothing_depends_on_do_not_fail(verdicts):
+    for row in verdicts["shortcut"].record["shortcuts"]:
+        if row["candidate"] != "mark":
+            assert row["verdict"] in ("PASS", "NOT TESTED"), row
+
+
+def test_audit_json_holds_what_the_interface_promises(verdicts):
+    result = verdicts["shortcut"]
+    record = json.loads((result.folder / "audit.json").read_text())
+    assert record["schema_version"] == 1
+    assert {"id", "family", "sha256"} <= set(record["model"]) and {"id", "images", "patients", "sha256"} <= set(
+        record["data"]
+    )
+    assert [row["group"] for row in record["performance"][:2]] == ["overall", "metadata_only"]
+    for row in record["shortcuts"]:
+        assert {
+            *("candidate", "kind", "features", "present", "detectable_auroc", "association_odds_ratio", "used_share"),
+            *("causal_effect", "causal_ci95", "causal_p", "harm_auroc_gap", "verdict", "reason"),
+        } <= set(row)
+    for card in record["features"]:
+        wanted = {"id", "site", "name", "name_score", "frequency", "seed_stability", "best_attribute", "f1", "f1_null"}
+        assert wanted <= set(card)
+    for name in ("target", "seed", "versions", "seconds", "graph", "explainers", "power", "truth", "not_tested"):
+        assert name in record
+    assert all({"what", "why"} == set(entry) for entry in record["not_tested"])
+    assert verify_folder(result.folder) == []
+    assert (result.folder / "figures" / "shortcuts.png").exists()
+
+
+def test_one_seed_gives_one_record(verdicts, cohort, shortcut_model, tmp_path):
+    again = audit(shortcut_model, cohort, out=tmp_path, settings=QUICK)
+    first = (verdicts["shortcut"].folder / "audit.json").read_text()
+    records = [json.loads(text) for text in (first, (again.folder / "audit.json").read_text())]
+    for record in records:
+        record.pop("seconds")
+    assert records[0] == records[1]
+    for name in ("shortcuts.png", "performance.png"):
+        assert (again.folder / "figures" / name).read_bytes() == (
+            verdicts["shortcut"].folder / "figures" / name
+        ).read_bytes()
+
+
+def test_without_metadata_nothing_passes(cache, shortcut_model, tmp_path):
+    data = open_data(write_cohort(tmp_path / "bare", columns=()))
+    record = audit(shortcut_model, data, out=tmp_path / "out", settings=QUICK).record
+    assert [row for row in record["shortcuts"] if row["kind"] == "attribute"] == []
+    lines = {line["question"]: line["verdict"] for line in record["questions"]}
+    assert lines["Does the model lean on a shortcut?"] == "NOT TESTED"
+    assert lines["Does it find the target better than metadata alone would?"] == "NOT TESTED"
+    assert lines["Does it serve every group alike?"] == "NOT TESTED"
+    assert record["performance"][1] == {"group": "metadata_only", "n": 0, "auroc": None, "ci95": [None, None]}
+    missing = [entry for entry in record["not_tested"] if "metadata has no such column" in entry["why"]]
+    assert len(missing) == 2
+
+
+def test_wrong_use_is_refused(cohort, shortcut_model, tmp_path):
+    with pytest.raises(UsageError, match="no target 'edema'"):
+        audit(shortcut_model, cohort, target="edema", out=tmp_path)
+    with pytest.raises(DataError, match="test patients do not hold both values"):
+        audit(shortcut_model, cohort.subset(cohort.split != "test"), out=tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- the rule itself
+
+
+def seen(gap=0.0, reach=0.1, cell=30):
+    return Observed(0.5, OddsRatio(1.0, (0.5, 2.0)), 0.8, gap, (gap - reach, gap + reach), cell)
+
+
+def found(effect=1.0, reach=0.1):
+    return Causal(effect, (effect - reach, effect + reach), effect, 0.001, (-0.1, 0.1), 300, 0.1, np.zeros(3))
+
+
+def hurt(gap=0.2, reach=0.05):
+    return Harm(0.9, 0.9 - gap, gap, (gap - reach, gap + reach), 0.0, gap, (gap - reach, gap + reach))
+
+
+def verdict(observed, causal, harmed, p=0.001, kind="acquisition", gap_p=0.001, together=0.01):
+    return rule(kind, observed, gap_p, causal, p, together, harmed, Settings()).verdict
+
+
+def test_every_verdict_has_its_reasons():
+    assert verdict(seen(1.5), found(), hurt()) == "FAIL"
+    assert verdict(seen(1.5), found(), hurt(0.04)) == "CONCERN"  # below the line of harm
+    assert verdict(seen(1.5), found(), hurt(0.2, 0.3)) == "CONCERN"  # harm with an interval that holds 0
+    assert verdict(seen(-1.5), found(), hurt()) == "CONCERN"  # the features push against what is seen
+    assert verdict(seen(8.0), found(), hurt()) == "CONCERN"  # they account for an eighth of it
+    assert verdict(seen(1.5), found(), hurt(), kind="finding") == "CONCERN"
+    assert verdict(seen(0.0), found(0.1), hurt(), gap_p=0.9) == "PASS"
+    assert verdict(seen(0.0), found(0.1, 0.4), hurt(), gap_p=0.9) == "NOT TESTED"  # too wide to say
+    assert verdict(seen(0.0), found(), hurt(), p=0.2, gap_p=0.9) == "NOT TESTED"  # large, but as random sets are
+    assert verdict(seen(1.5), found(), hurt(), together=0.4) == "CONCERN"  # random sets do it too; still seen
+    assert verdict(seen(1.5, cell=3), found(), hurt()) == "NOT TESTED"
+    assert verdict(seen(0.0), None, None, gap_p=0.9) == "PASS"
+    assert verdict(seen(0.0, 0.5), None, None, gap_p=0.9) == "NOT TESTED"
+    assert verdict(seen(0.6), None, None) == "CONCERN"
+    assert verdict(seen(float("nan"), cell=0), None, None, gap_p=float("nan")) == "NOT TESTED"
+    assert worst([]) == "NOT TESTED" and worst(["PASS", "NOT TESTED"]) == "NOT TESTED"
+
+
+def test_the_probe_is_scikit_learns():
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 12)), rng.integers(0, 2, 200)
+    x = (x - x.mean(0)) / x.std(0)
+    peer = LogisticRegression(C=0.1, tol=1e-10, max_iter=1000).fit(x, y)
+    assert np.allclose(logistic_scores(x, y, x[:50]), peer.decision_function(x[:50]), atol=1e-4)
+    x[:3, 0] = np.nan
+    assert np.isfinite(logistic_scores(x, y, x)).all()
+
+
+def test_the_model_is_left_as_it_was(verdicts, shortcut_model):
+    assert not shortcut_model.hooked()
+    assert torch.is_grad_enabled() and Path(verdicts["shortcut"].folder).is_dir()

@@ -1,0 +1,247 @@
+"""The report is one file that loads nothing, runs nothing, and shows every text as text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mechinterp.audit import report
+from mechinterp.audit.catalogue import Example, Heat
+from mechinterp.audit.drivers import Driver, find_drivers, judge, place_of
+from mechinterp.audit.figures import forest, performance_plot
+from mechinterp.audit.pictures import heat_picture, thumbnail
+from mechinterp.audit.questions import power_of, questions
+from mechinterp.audit.settings import Settings
+from mechinterp.data import ImageData
+
+PAYLOADS = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg/onload=alert(1)>",
+    "</style><script>alert(1)</script>",
+    "</title><script>alert(1)</script>",
+    "javascript:alert(1)",
+    "{{ 7 * 7 }}{% raw %}",
+    "<!--",
+    "&lt;b&gt;",
+    "a\u202eb\u0000c\x1b[31m",
+    "$\\mathrm{x}$",
+    "\ud800lone",
+)
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see: tags with their attributes, and text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def shortcut(name: str, verdict: str = "FAIL", **changes: Any) -> dict[str, Any]:
+    row = {
+        **{"candidate": name, "kind": "attribute", "column": name, "attribute_kind": "acquisition"},
+        **{"features": [f"site{name}:1"], "present": 0.5, "detectable_auroc": 0.9, "association_odds_ratio": 1.2},
+        **{"association_ci95": [0.8, 1.9], "observed_score_gap": 1.1, "observed_ci95": [0.9, 1.3], "smallest_cell": 20},
+        **{"used_share": 0.2, "causal_effect": 0.9, "causal_ci95": [0.7, 1.1], "causal_p": 0.001},
+        **{"causal_p_holm": 0.004, "causal_p_joint": 0.01, "effect_with_attribute": 0.9, "null_band": [-0.1, 0.1]},
+        **{"null_sets": 300, "detectable_effect": 0.1, "harm_auroc_gap": 0.2, "harm_ci95": [0.1, 0.3]},
+        **{"auroc_aligned": 0.9, "auroc_conflicting": 0.7, "gap_after_removal": 0.05, "recovered": 0.15},
+        **{"recovered_ci95": [0.1, 0.2], "verdict": verdict, "reason": f"because of {name}"},
+    }
+    return row | changes
+
+
+def record(text: str = "mark") -> dict[str, Any]:
+    """A record in which every text field is `text`."""
+    rows = [shortcut(text), shortcut(text + "2", "NOT TESTED", causal_effect=None, causal_ci95=[None, None])]
+    driver = {
+        **{"candidate": f"{text}:7", "kind": "feature", "features": [f"{text}:7"], "present": 0.1},
+        **{"used_share": 0.1, "causal_effect": 0.2, "causal_ci95": [0.1, 0.3], "location": text, "gallery": [text]},
+        **{"nearest_attribute": text, "nearest_auroc": 0.6, "verdict": "CONCERN", "reason": text},
+        **{"detectable_auroc": None, "association_odds_ratio": None, "causal_p": None, "harm_auroc_gap": None},
+    }
+    card = {
+        **{"id": f"{text}:7", "site": text, "name": text, "name_score": 0.8, "frequency": 0.2, "seed_stability": None},
+        **{"best_attribute": text, "f1": 0.7, "f1_null": 0.3, "push": 0.01, "place": text},
+    }
+    group = {"n": 50, "positives": 20, "auroc": 0.8, "ci95": [0.7, 0.9]}
+    made: dict[str, Any] = {
+        "schema_version": 1,
+        "model": {"id": text, "family": text, "sha256": "0" * 64},
+        "data": {
+            **{"id": text, "images": 100, "patients": 50, "sha256": "1" * 64, "labelled": 100, "test_images": 50},
+            **{
+                "test_patients": 25,
+                "prevalence": 0.5,
+                "test_prevalence": 0.5,
+                "notes": [text],
+                "skipped": {text: text},
+            },
+        },
+        "cohort": [
+            {
+                **{"attribute": text, "kind": text, "known": 100, "missing": 0, "present": 0.5, "with_target": 0.5},
+                **{"without_target": 0.5, "in_test": None},
+            }
+        ],
+        "target": text,
+        "prompts": {"positive": text, "negative": text, "question": text, "yes": text, "no": text},
+        "dictionary": {"site": text, "tokens": text, "width": 64, "source": text},
+        "settings": {"random_sets": 300, "effect_line": 0.25, "harm_line": 0.05, "min_cell": 10},
+        "seed": 0,
+        "score_sd": 1.5,
+        "performance": [
+            {"group": "overall", **group},
+            {"group": "metadata_only", **group, "model_minus_metadata": 0.1, "model_minus_metadata_ci95": [0.0, 0.2]},
+            {"group": text, **group, "difference": 0.1, "difference_ci95": [-0.1, 0.3]},
+        ],
+        "shortcuts": [*rows, driver],
+        "features": [card],
+        "failures": [
+            {
+                **{
+                    "kind": "false negative",
+                    "image": text,
+                    "row": 0,
+                    "score": 0.1,
+                    "standing": 0.9,
+                    "attributes": [text],
+                },
+                "pushes": [{"feature": f"{text}:7", "push": -0.2}, {"feature": f"{text}:8", "push": -0.1}],
+            }
+        ],
+        "truth": {
+            "images": 10,
+            "planted": [
+                {
+                    **{"factor": text, "kind": text, "do_effect": 1.0, "do_ci95": [0.8, 1.2], "used_in_truth": True},
+                    **{"candidate": text, "verdict": "FAIL"},
+                }
+            ],
+        },
+        "not_tested": [{"what": text, "why": text}],
+        "versions": {"mechinterp": text},
+        "seconds": 1.0,
+    }
+    made["power"] = power_of(rows, Settings())
+    made["questions"] = questions(made, Settings())
+    return made
+
+
+def page_of(text: str) -> str:
+    made = record(text)
+    picture = thumbnail(np.full((16, 16), 0.5, np.float32))
+    galleries = {f"{text}:7": [{"image": text, "jpeg": picture}, {"image": text, "jpeg": None}]}
+    figures = {"shortcuts": forest(made["shortcuts"], made["truth"], 0.25)}
+    failed = [{**row, "jpeg": picture} for row in made["failures"]]
+    return report.render(made, {k: v for k, v in figures.items() if v}, galleries, failed)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_every_text_is_shown_as_text(payload):
+    plain, attacked = Page(page_of("mark")), Page(page_of(payload))
+    assert [tag for tag, _ in plain.tags] == [tag for tag, _ in attacked.tags], "a payload made or hid a tag"
+    assert [sorted(a) for _, a in plain.tags] == [sorted(a) for _, a in attacked.tags], "a payload made an attribute"
+    for tag, attributes in attacked.tags:
+        assert tag not in ("script", "iframe", "object", "embed", "form", "base", "link")
+        assert not any(name.startswith("on") or name == "style" for name in attributes)
+        assert (attributes.get("src") or "data:image/").startswith("data:image/")
+        assert (attributes.get("href") or "#").startswith("#")
+    shown = "".join(attacked.text)
+    assert "\x00" not in shown and "\x1b" not in shown and "\u202e" not in shown
+    if payload.isprintable() and "style" not in payload:
+        assert payload in shown
+
+
+def test_the_policy_lets_nothing_load_and_knows_the_style():
+    page = page_of("mark")
+    policy = next(a["content"] for t, a in Page(page).tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    style = re.search(r"<style>(.*?)</style>", page, re.S)
+    assert style is not None
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    assert f"'sha256-{digest}'" in policy
+    assert not re.search(r"url\(|@import|https?://", page)
+
+
+def test_the_page_says_what_it_is_and_never_what_a_patient_has():
+    page = page_of("mark")
+    assert "Research use only. Not a medical device." in page
+    assert "the model used" in page and "mechinterp audit mark --data mark" in page
+    assert page.count("the patient has") == 1 and "never “the patient has”" in page
+
+
+def test_pictures_of_images_that_may_hold_names_are_withheld():
+    class Data(ImageData):
+        def __init__(self):
+            object.__setattr__(self, "images", ("dicom-1", "dicom-2"))
+            object.__setattr__(self, "may_show", np.array([True, False]))
+
+        def pixels(self, rows=None, size=None):
+            assert rows != [1], "the pixels of a withheld image were read"
+            return np.zeros((1, 8, 8), np.float32)
+
+    examples = tuple(Example(row, np.ones((2, 2), np.float32)) for row in (0, 1))
+    shots = report._gallery(Heat(examples, np.ones((2, 2)), place_of(np.ones((2, 2)), 0.0)), Data())
+    assert shots[0]["jpeg"] and shots[1]["jpeg"] is None
+
+
+def test_heat_colours_only_where_the_feature_fires():
+    from io import BytesIO
+
+    from PIL import Image
+
+    heat = np.zeros((8, 8), np.float32)
+    heat[0, 0] = 1.0
+    made = np.asarray(Image.open(BytesIO(heat_picture(np.full((32, 32), 0.4, np.float32), heat, 1.0)))).astype(int)
+    colour = made.max(-1) - made.min(-1)
+    assert colour[:10, :10].mean() > 40 and colour[80:, 80:].max() < 8
+
+
+def test_figures_take_any_name_and_none_is_drawn_without_data():
+    assert forest([shortcut("$\\frac{", "PASS"), shortcut("a" * 200)], None, 0.25)
+    assert forest([shortcut("x", causal_effect=None)], None, 0.25) is None
+    assert performance_plot([{"group": "overall", "n": 0, "auroc": None, "ci95": [None, None]}]) is None
+
+
+def test_places_in_words():
+    heat = np.zeros((8, 8))
+    heat[0, 0] = 1.0
+    assert place_of(heat, 0.0).words == "upper left of the image, at the border"
+    heat = np.zeros((8, 8))
+    heat[5, 6] = 1.0
+    assert place_of(heat, 0.0).words == "lower right of the image"
+    assert place_of(np.ones((8, 8)), 0.0).words == "all over the image"
+    assert place_of(np.zeros((8, 8)), 1.0).words.startswith("class token only")
+    assert place_of(np.zeros((8, 8)), 0.0).words == "does not fire"
+
+
+def test_a_driver_is_a_concern_only_outside_the_chest():
+    driver = Driver(7, 0.2, 0.5, (0.4, 0.6), 20, "sex=M", 0.55)
+    corner, middle = np.zeros((8, 8)), np.zeros((8, 8))
+    corner[0, 0] = middle[4, 4] = 1.0
+    assert judge(driver, place_of(corner, 0.0), Settings()).verdict == "CONCERN"
+    assert judge(driver, place_of(middle, 0.0), Settings()).verdict == "NOT TESTED"
+
+
+def test_record_survives_json():
+    assert json.loads(json.dumps(record("x")))["questions"][0]["verdict"] == "FAIL"
+    assert Path(report.TEMPLATES / "report.css").read_text().isascii()
+    assert callable(find_drivers)
