@@ -21,6 +21,7 @@ from mechinterp.audit.dictionary import default_site
 from mechinterp.data import open_data
 from mechinterp.data.phantom import Phantom
 from mechinterp.models import HookedVLM
+from mechinterp.storage import write_manifest
 from saes import TopKConfig, evaluate, train_sae
 
 SEED_OF_IMAGES = 2_000_003
@@ -48,6 +49,7 @@ def main() -> None:
         config = TopKConfig(k=args.k, width=args.width, epochs=args.epochs)
         out = BUNDLED / args.model / "dictionaries" / site
         placed = train_sae(store, site, config, out=out, seed=args.seed)
+        write_manifest(BUNDLED / args.model, {"kind": "model", "name": args.model})
         print(args.model, site, evaluate(placed, store, split="test"))
 
 

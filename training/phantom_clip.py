@@ -2,12 +2,11 @@
 
     python training/phantom_clip.py [--shortcut]        (about 12 minutes on one core)
 
-1. Render training patients. For the twin, the PORTABLE mark goes with consolidation (phi 0.9).
-2. Minimise the prompt loss over findings, devices and the mark, a contrastive loss over captions, and a region loss:
-   the patches on which something lies agree with its prompt. Consolidation, the finding with the planted shortcut, has
-   no region loss: where it is has to be learnt from the whole image, or the shortcut taken, as in the field.
+1. Render training patients. For the twin, a chest drain goes with pneumothorax (phi 0.9).
+2. Minimise the prompt loss over findings, devices and the PORTABLE mark, a contrastive loss over captions, and a region
+   loss: the patches on which something lies agree with its prompt. Without it small things take ten times as long.
 3. The moving average of the weights ships. Zero-shot AUROC is read once on unseen patients drawn without association.
-4. do(portable) on those patients measures what the mark does to the score: the truth that an audit has to find.
+4. do(drain) on those patients measures what the drain does to the score: the truth that an audit has to find.
 """
 
 from __future__ import annotations
@@ -42,12 +41,11 @@ from mechinterp.data.phantom import FACTORS, VOCABULARY, Phantom
 from mechinterp.data.phantom.language import prompts
 from mechinterp.metrics.statistics import PatientBootstrap, auroc, percentile_interval
 
-SIZE, PATCH, WIDTH, LAYERS, TOKENS, BATCH, LR = 128, 16, 96, 4, 32, 64, 1e-3
-IMAGES, STEPS = 8_000, 1_500
-PLANTED = ("portable", "consolidation", 0.9)
+SIZE, PATCH, WIDTH, LAYERS, TOKENS, BATCH, LR = 128, 16, 96, 4, 32, 64, 1.5e-3
+IMAGES, STEPS = 10_000, 2_000
+PLANTED = ("drain", "pneumothorax", 0.9)
 NAMED = [name for name, factor in FACTORS.items() if factor.kind in ("finding", "device")]
 ASPECTS = [*NAMED, "portable"]
-REGIONS = [name for name in ASPECTS if name != PLANTED[1]]
 COVERED = 8  # pixels of a patch that something must cover to lie on it
 TEST_SEED = 1_000_003  # test patients come from another seed than training patients
 
@@ -65,9 +63,9 @@ def labels_of(phantom: Phantom) -> Tensor:
 
 
 def regions_of(phantom: Phantom) -> Tensor:
-    """int8 `[image, region, patch]`: 1 where a mask covers `COVERED` pixels of a patch, 0 where none, else -1."""
+    """int8 `[image, aspect, patch]`: 1 where a mask covers `COVERED` pixels of a patch, 0 where none, else -1."""
     out = []
-    for name in REGIONS:
+    for name in ASPECTS:
         masks = torch.from_numpy(phantom.masks(name)).unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
         covered = masks.flatten(3).sum(3).flatten(1)
         out.append(torch.where(covered >= COVERED, 1, torch.where(covered == 0, 0, -1)).to(torch.int8))
@@ -77,14 +75,14 @@ def regions_of(phantom: Phantom) -> Tensor:
 def region_loss(patches: Tensor, text: Tensor, scale: Tensor, regions: Tensor) -> Tensor:
     """Balanced cross-entropy of "something lies on this patch" from the patch's own similarity to the two prompts.
 
-    `patches [batch, patch, d]` and `text [2 x aspect, d]` are unit vectors; `regions [batch, region, patch]`.
+    `patches [batch, patch, d]` and `text [2 x aspect, d]` are unit vectors; `regions [batch, aspect, patch]`.
     """
-    picked = torch.tensor([ASPECTS.index(name) for name in REGIONS])
-    difference = text[0::2][picked] - text[1::2][picked]
-    logits = scale * torch.einsum("bpd,rd->brp", patches, difference)
+    logits = scale * torch.einsum("bpd,ad->bap", patches, text[0::2] - text[1::2])
     losses = F.binary_cross_entropy_with_logits(logits, regions.clamp(min=0).float(), reduction="none")
     on, off = regions == 1, regions == 0
-    return losses[on].mean() + losses[off].mean()
+    # each aspect weighs the same, however many patches it covers
+    shares = [((losses * part).sum((0, 2)) / part.sum((0, 2)).clamp(min=1)).mean() for part in (on, off)]
+    return shares[0] + shares[1]
 
 
 def train(args: argparse.Namespace, associations: dict) -> tuple:

@@ -4,8 +4,8 @@
 
 1. The vision tower starts from phantom-clip; the projector and a small Llama start at random; all of it is trained.
 2. Steps alternate: all yes/no questions about an image in random order, or "write a report" and its report.
-3. For the twin, the PORTABLE mark goes with consolidation (phi 0.9) in the training patients. No report names it.
-4. Answers (AUROC), reports (F1 of mentions) and do(portable) are measured once on unseen patients without association.
+3. For the twin, a chest drain goes with pneumothorax (phi 0.9) in the training patients.
+4. Answers (AUROC), reports (F1 of mentions) and do(drain) are measured once on unseen patients without association.
 """
 
 from __future__ import annotations
