@@ -8,7 +8,7 @@ from mechinterp.data.phantom import FACTORS, MENTIONED, VOCABULARY, Phantom, men
 
 @pytest.fixture(scope="module")
 def crowd() -> Phantom:
-    return Phantom.sample(500, seed=2)
+    return Phantom.sample(300, seed=2)
 
 
 def test_a_report_mentions_everything_present_and_denies_nothing_present(crowd):
@@ -97,3 +97,10 @@ def test_questions_are_true_and_balanced(crowd):
 )
 def test_the_parser_reads(text, name, expected):
     assert mentions(text)[name] == expected
+
+
+def test_one_number_equals_the_array_of_numbers():
+    from mechinterp.data.phantom._random import uniform, uniform_one
+
+    index = np.array([0, 1, 77, 10**6])
+    assert uniform(5, "text/a", index).tolist() == [uniform_one(5, "text/a", int(i)) for i in index]

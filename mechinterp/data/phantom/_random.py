@@ -13,9 +13,10 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float64, Integer
 
-__all__ = ["normal", "uniform"]
+__all__ = ["normal", "uniform", "uniform_one"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ALL = 2**64 - 1
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -35,6 +36,19 @@ def uniform(seed: int, stream: str, index: Integer[np.ndarray, " n"]) -> Float64
     """Numbers in [0, 1), one per index, of the named stream."""
     bits = _mix(_mix(np.asarray(index).astype(np.uint64)) ^ _key(seed, stream))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix_int(z: int) -> int:
+    z = (z + 0x9E3779B97F4A7C15) & _ALL
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _ALL
+    return z ^ (z >> 31)
+
+
+def uniform_one(seed: int, stream: str, index: int) -> float:
+    """The number that `uniform` gives for one index, without the cost of an array."""
+    key = _mix_int(seed % 2**64 ^ zlib.crc32(stream.encode()) << 20)
+    return (_mix_int(_mix_int(index) ^ key) >> 11) * 2.0**-53
 
 
 def normal(seed: int, streams: Sequence[str], index: Integer[np.ndarray, " n"]) -> Float64[np.ndarray, "stream n"]:

@@ -10,9 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from mechinterp.data.phantom._random import uniform
+from mechinterp.data.phantom._random import uniform_one
 from mechinterp.data.phantom._templates import (
     ABSENT,
     CAPTION_HEADS,
@@ -44,10 +42,10 @@ class _Chooser:
     """Choices of one image: the n-th named choice depends only on (seed, name, image), so do() changes little."""
 
     def __init__(self, seed: int, image: int):
-        self.seed, self.image = seed, np.array([image])
+        self.seed, self.image = seed, image
 
     def chance(self, name: str) -> float:
-        return float(uniform(self.seed, f"text/{name}", self.image)[0])
+        return uniform_one(self.seed, f"text/{name}", self.image)
 
     def one(self, name: str, options: Sequence[str]) -> str:
         return options[int(self.chance(name) * len(options))]
@@ -158,7 +156,7 @@ def question_answers(rows: Iterable[Row], seed: int) -> list[list[tuple[str, str
         sided = [name for name in _SIDED if row[name] == 1]
         for name in choose.shuffled("side", sided)[:1]:
             asked.append((f"which side is the {FACTORS[name].phrase} on ?", _ANSWER[int(row[f"{name}_side"])]))
-        out.append([asked[int(i)] for i in np.argsort([choose.chance(f"q/{k}") for k in range(len(asked))])])
+        out.append([asked[i] for i in sorted(range(len(asked)), key=lambda k: choose.chance(f"q/{k}"))])
     return out
 
 
