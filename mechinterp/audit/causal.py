@@ -133,15 +133,18 @@ def stage(
 def causal_effect(
     trial: Trial,
     features: Sequence[int],
+    push: Float[np.ndarray, " n"],
     values: Float[np.ndarray, " n"],
     activity: Activity,
     settings: Settings,
     seed: int,
 ) -> Causal:
-    """Effect of removing `features` together; `values` is the attribute on the trial's images (nan: left out)."""
+    """Effect of removing `features` together; `push` is `trial.remove([features])[0]`.
+
+    `values` is the attribute on the trial's images; those where it is nan are left out.
+    """
     known = np.isfinite(values)
     attribute, labels = values[known], trial.labels[known]
-    push = trial.remove([features])[0]
     effect = float(stratified_mean_difference(push[known], attribute, labels)[0])
     draws = stratified_mean_difference(push[known], attribute, labels, trial.bootstrap.weights[:, known])
     single = trial.push[:, known] @ difference_weights(attribute, labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,9 +11,12 @@ from pathlib import Path
 from mechinterp.audit.dictionary import cache_folder
 from mechinterp.data import ImageData, open_data
 from mechinterp.errors import StorageError
-from mechinterp.storage import MANIFEST
+from mechinterp.storage import MANIFEST, write_bytes, write_manifest
 
 __all__ = ["default_data"]
+
+# a dial at 0 gives both factors the marginal 1/2 and keeps them independent: every cell of the table fills
+INDEPENDENT = {("drain", "pneumothorax"): 0.0}
 
 
 def default_data(images: int = 600, seed: int = 0) -> ImageData:
@@ -23,14 +28,30 @@ def default_data(images: int = 600, seed: int = 0) -> ImageData:
     from mechinterp import __version__
     from mechinterp.data.phantom import Phantom
 
-    folder = cache_folder() / "data" / f"phantom-{__version__}-{images}-seed{seed}"
-    if not (folder / MANIFEST).exists() and not (folder / "truth.json").exists():
+    folder = cache_folder() / "data" / f"phantom-audit-{__version__}-{images}-seed{seed}"
+    if not (folder / MANIFEST).exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                Phantom.sample(images, seed=10_000 + seed).write(Path(scratch) / "data")
+                made = Path(scratch) / "data"
+                Phantom.sample(images, seed=10_000 + seed, associations=INDEPENDENT).write(made)
+                _split(made / "metadata.csv")
+                write_manifest(made, {"kind": "data", "seed": seed})
                 shutil.rmtree(folder, ignore_errors=True)
-                (Path(scratch) / "data").rename(folder)
+                made.rename(folder)
         except OSError as error:
             raise StorageError(f"cannot be written: {error.strerror or error}", where=str(folder)) from error
     return open_data(folder)
+
+
+def _split(metadata: Path) -> None:
+    """Add a split column: two of five patients train, three of five test. The models that ship need no training here."""
+    with open(metadata, newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    place = {patient: i for i, patient in enumerate(dict.fromkeys(row["patient_id"] for row in rows))}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*rows[0], "split"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(row | {"split": ("train", "test", "test", "val", "test")[place[row["patient_id"]] % 5]})
+    write_bytes(metadata, text.getvalue().encode())

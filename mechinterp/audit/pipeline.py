@@ -141,7 +141,7 @@ def choose_target(model: HookedVLM, data: ImageData, name: str | None) -> Target
         folder = model_folder(model)
         card = folder / "training.json" if folder else None
         said = read_json(card) if card and card.is_file() else {}
-        wanted = said.get("audit_target") if isinstance(said, dict) else None
+        wanted = said.get("target") if isinstance(said, dict) else None
         return data.targets[wanted] if wanted in data.targets else next(iter(data.targets.values()))
     if name not in data.targets:
         raise UsageError(f"no target {name!r}", where="target", hint=f"there are: {', '.join(data.targets)}")

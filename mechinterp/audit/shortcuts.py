@@ -53,10 +53,12 @@ def try_candidates(
     """Fill in every case: observe, ablate, compare with random sets, correct for their number, measure harm, rule."""
     for case in progress(cases, "candidates", unit="candidate"):
         case.observed = observe(case.candidate, evidence, bootstrap, settings)
-        if case.features and case.observed.smallest_cell >= settings.min_cell:
-            values = case.candidate.values[trial.position]
-            case.causal = causal_effect(trial, case.features, values, evidence.activity, settings, seed)
-            case.harmed = harm(trial, case.causal, values)
+    testable = [c for c in cases if c.features and c.observed and c.observed.smallest_cell >= settings.min_cell]
+    pushes = trial.remove([case.features for case in testable]) if testable else []
+    for case, push in progress(zip(testable, pushes, strict=True), "matched random sets", total=len(testable)):
+        values = case.candidate.values[trial.position]
+        case.causal = causal_effect(trial, case.features, push, values, evidence.activity, settings, seed)
+        case.harmed = harm(trial, case.causal, values)
     causal = holm(np.array([case.causal.p if case.causal else np.nan for case in cases]))
     gaps = holm(np.array([_gap_p(case.observed, settings) for case in cases]))
     for case, adjusted, gap in zip(cases, causal, gaps, strict=True):
