@@ -389,7 +389,7 @@ KEYWORDS = """
     Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation SamplesPerPixel PixelPaddingValue
     NumberOfFrames RescaleSlope RescaleIntercept WindowCenter WindowWidth VOILUTFunction
     PhotometricInterpretation BurnedInAnnotation SmallestImagePixelValue
-""".split()  # noqa: SIM905
+""".split()
 VALUES = ["", "1\\2", "1e300", "-1e300", "0", "-5", "MONOCHROME2", "RGB", "x"]
 
 

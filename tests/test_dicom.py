@@ -193,7 +193,7 @@ _KEYWORDS = """
     StudyTime AcquisitionDateTime StudyInstanceUID AdditionalPatientHistory Modality
     WindowCenterWidthExplanation VOILUTFunction BurnedInAnnotation Laterality PresentationLUTShape
     RescaleType LongCodeValue URNCodeValue RetrieveURL TextValue PatientIdentityRemoved
-""".split()  # noqa: SIM905
+""".split()
 
 
 def canary_file(path: Path, number: int) -> Path:

@@ -18,7 +18,7 @@ FAMILIES = ("clip", "siglip", "llava", "gemma3", "dinov2", "vit")
 WORDS = (
     "a chest x-ray with without pneumonia effusion cardiomegaly portable marker no finding is there ? yes "
     "write report describe the image drain left right view ap pa sex age normal of and"
-).split()  # noqa: SIM905
+).split()
 PAD, BOS, EOS, UNK, IMAGE, START, END = "<pad>", "<s>", "</s>", "<unk>", "<image>", "<boi>", "<eoi>"
 SPECIAL = (PAD, BOS, EOS, UNK, IMAGE, START, END)
 VOCAB = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}

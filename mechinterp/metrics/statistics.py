@@ -125,9 +125,7 @@ def stratified_mean_difference(
     return np.divide(total, mass, out=np.full(len(table), np.nan), where=mass > 0)
 
 
-def difference_weights(
-    attribute: Num[np.ndarray, " n"], strata: Shaped[np.ndarray, " n"]
-) -> Float[np.ndarray, " n"]:
+def difference_weights(attribute: Num[np.ndarray, " n"], strata: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Weights c with c @ values = `stratified_mean_difference(values, attribute, strata)`; zeros where undefined."""
     with_it = np.asarray(attribute) > 0.5
     weights, mass = np.zeros(len(with_it)), 0.0
