@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,14 +21,21 @@ __all__ = ["Capture", "Images", "Reader"]
 class Reader(Protocol):
     """What extraction needs of a model; `HookedVLM` fits."""
 
-    sha256: str
-    family: str
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """Name of the family's table."""
+        ...
 
     def sites(self, pattern: str = "*") -> list[str]:
         """Names of the hook points."""
         ...
 
-    def hooks(self, fwd_hooks: list[tuple[str, Callable[..., Any]]]) -> Any:
+    def hooks(self, fwd_hooks: Any) -> Any:
         """Context manager in which each hook function sees its value."""
         ...
 
@@ -38,10 +44,25 @@ class Reader(Protocol):
 class Images(Protocol):
     """What extraction needs of a data folder; `ImageData` fits."""
 
-    sha256: str
-    images: tuple[str, ...]
-    patients: tuple[str, ...]
-    split: np.ndarray
+    @property
+    def sha256(self) -> str:
+        """Hash of the images and tables."""
+        ...
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Name of each image."""
+        ...
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Patient of each image."""
+        ...
+
+    @property
+    def split(self) -> np.ndarray:
+        """train, val or test for each image."""
+        ...
 
     def __len__(self) -> int: ...
 

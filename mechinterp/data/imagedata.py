@@ -126,9 +126,13 @@ class ImageData:
         """Where an attribute is in one image, at the image's own size or `size` x `size`; None when nobody drew it."""
         return self._regions.mask(self.attribute(attribute), self._files[index(row)], size)
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Hash over the sorted (name, sha256 of bytes) of the images, metadata.csv and dataset.json."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256(self._tables.encode())
         files = progress(self._files, "hashing images", unit="image")
         for name, content in sorted((file.name, file.sha256) for file in files):
