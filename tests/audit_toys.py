@@ -1,7 +1,8 @@
 """Toy cohorts and tiny CLIPs that were trained to use, or not to use, a mark in the corner.
 
-An image is 32 px of dim noise; the finding is a bright blob somewhere in the middle, the mark a bright square in the
-upper left corner. In the cohort that is audited the two are independent.
+An image is 32 px of dim noise with a gradient and some of three bars that mean nothing; the finding is a bright blob
+somewhere in the middle, the mark a bright square in the upper left corner. In the cohort that is audited finding, mark
+and bars are independent.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ def images_of(finding: np.ndarray, mark: np.ndarray, rng: np.random.Generator) -
     n = len(finding)
     pixels = 0.35 + 0.08 * rng.normal(size=(n, SIZE, SIZE))
     y, x = np.mgrid[:SIZE, :SIZE]
+    tilt = rng.normal(0, 0.06, (2, n, 1, 1))
+    pixels += tilt[0] * (y / 16 - 1) + tilt[1] * (x / 16 - 1)
+    for rows, columns in ((slice(28, 31), slice(2, 30)), (slice(3, 30), slice(29, 31)), (slice(2, 5), slice(10, 27))):
+        pixels[:, rows, columns] += (rng.uniform(0, 0.5, n) * rng.integers(0, 2, n))[:, None, None]
     cy, cx = rng.uniform(13, 25, (2, n))
     strength = rng.uniform(0.0, 0.22, n) * finding
     pixels += strength[:, None, None] * np.exp(-((y - cy[:, None, None]) ** 2 + (x - cx[:, None, None]) ** 2) / 14)

@@ -226,7 +226,7 @@ def test_places_in_words():
     heat[0, 0] = 1.0
     assert place_of(heat, 0.0).words == "upper left of the image, at the border"
     heat = np.zeros((8, 8))
-    heat[5, 6] = 1.0
+    heat[6, 6] = 1.0
     assert place_of(heat, 0.0).words == "lower right of the image"
     assert place_of(np.ones((8, 8)), 0.0).words == "all over the image"
     assert place_of(np.zeros((8, 8)), 1.0).words.startswith("class token only")
@@ -245,3 +245,9 @@ def test_record_survives_json():
     assert json.loads(json.dumps(record("x")))["questions"][0]["verdict"] == "FAIL"
     assert Path(report.TEMPLATES / "report.css").read_text().isascii()
     assert callable(find_drivers)
+
+
+def test_two_places_are_both_named():
+    heat = np.zeros((9, 9))
+    heat[4, 1] = heat[4, 7] = 1.0
+    assert place_of(heat, 0.0).words == "middle left and middle right of the image"

@@ -11,6 +11,7 @@ import numpy as np
 from mechinterp.audit.dictionary import dictionary_of, model_folder, tokens_of
 from mechinterp.audit.evidence import Evidence, collect, prepare
 from mechinterp.audit.pipeline import choose_target
+from mechinterp.audit.sizes import one_size
 from mechinterp.data import ImageData
 from mechinterp.errors import UsageError
 from mechinterp.interventions import matched_random_sets, set_effects
@@ -37,6 +38,7 @@ def ablation_table(
     Raises UsageError when the features are of several sites, or of one that no stored dictionary reads.
     """
     asked = choose_target(model, data, target)
+    data = one_size(model, data)
     ids = [FeatureId.parse(text) for text in features]
     placed = _dictionary_at(model, data, ids, seed)
     tokens = tokens_of(placed)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
 from mechinterp.audit.settings import Settings
@@ -40,6 +41,8 @@ from mechinterp.models import HookedVLM
 from mechinterp.types import ImageTextBatch, Placed, Target
 
 __all__ = ["Causal", "Harm", "Trial", "causal_effect", "harm", "joint_p", "stage"]
+
+JOINT_IMAGES = 120  # on which a hundred sets are removed together
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +70,12 @@ class Trial:
         """Push of one feature on every image."""
         return self.push[self.features.index(feature)]
 
-    def remove(self, sets: Sequence[Sequence[int]]) -> Float[np.ndarray, "set n"]:
-        """Push of whole sets, removed together in the model."""
-        change = set_effects(self.model, self.placed, self.batch, [self.target], sets, tokens=self.tokens)
+    def remove(
+        self, sets: Sequence[Sequence[int]], rows: Int[np.ndarray, " m"] | None = None
+    ) -> Float[np.ndarray, "set m"]:
+        """Push of whole sets, removed together in the model, on some of the images (all by default)."""
+        batch = self.batch if rows is None else self.batch[torch.from_numpy(rows)]
+        change = set_effects(self.model, self.placed, batch, [self.target], sets, tokens=self.tokens)
         return -change[:, :, 0].double().cpu().numpy() / self.sd
 
 
@@ -174,14 +180,16 @@ def joint_p(
     settings: Settings,
     seed: int,
 ) -> float:
-    """p of the effect against matched random sets that are removed together in the model."""
-    known = np.isfinite(values)
+    """p of the effect against matched random sets that are removed together in the model, on the same images."""
+    known = np.flatnonzero(np.isfinite(values))
+    rows = np.sort(np.random.default_rng(seed).permutation(known)[:JOINT_IMAGES])
     place = {feature: i for i, feature in enumerate(trial.features)}
     sets = _matched(activity, features, settings.joint_sets, seed + 1, place)
     if not sets:
         return float("nan")
-    null = trial.remove(sets)[:, known] @ difference_weights(values[known], trial.labels[known])
-    return permutation_p(abs(causal.effect), np.abs(null))
+    weights = difference_weights(values[rows], trial.labels[rows])
+    null = trial.remove(sets, rows) @ weights
+    return permutation_p(abs(float(causal.push[rows] @ weights)), np.abs(null))
 
 
 def harm(trial: Trial, causal: Causal, values: Float[np.ndarray, " n"]) -> Harm:

@@ -45,7 +45,7 @@ def default_data(images: int = 600, seed: int = 0) -> ImageData:
 
 
 def _split(metadata: Path) -> None:
-    """Add a split column: two of five patients train, three of five test. The models that ship need no training here."""
+    """Add a split column: two of five patients train or val, three test. The models that ship need no training here."""
     with open(metadata, newline="") as opened:
         rows = list(csv.DictReader(opened))
     place = {patient: i for i, patient in enumerate(dict.fromkeys(row["patient_id"] for row in rows))}

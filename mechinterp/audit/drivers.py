@@ -82,8 +82,6 @@ def place_of(heat: Float[np.ndarray, "rows columns"], elsewhere: float) -> Place
     if mass < 0.05 * (mass + elsewhere):
         return Place("class token only, no place in the image", 0.0, mass / (mass + elsewhere))
     rows, columns = heat.shape
-    y = (heat.sum(1) * (np.arange(rows) + 0.5)).sum() / mass / rows
-    x = (heat.sum(0) * (np.arange(columns) + 0.5)).sum() / mass / columns
     top = np.sort(heat.ravel())[::-1]
     spread = float(np.searchsorted(np.cumsum(top), mass / 2) + 1) / heat.size  # patches that hold half of it
     edge_y, edge_x = max(1, round(rows * BORDER)), max(1, round(columns * BORDER))
@@ -91,14 +89,20 @@ def place_of(heat: Float[np.ndarray, "rows columns"], elsewhere: float) -> Place
     border = 1 - float(inner) / mass
     if spread > 0.25:
         words = "all over the image"
-    elif border > IN_BORDER and 0.3 < x < 0.7 and 0.3 < y < 0.7:
-        words = "along the border"
     else:
-        vertical = "upper" if y < 1 / 3 else "lower" if y > 2 / 3 else "middle"
-        side = "left" if x < 1 / 3 else "right" if x > 2 / 3 else "centre"
-        words = "centre" if (vertical, side) == ("middle", "centre") else f"{vertical} {side}"
-        words += " of the image, at the border" if border > IN_BORDER else " of the image"
+        words = " and ".join(_zones(heat)) + " of the image" + (", at the border" if border > IN_BORDER else "")
     return Place(words, border, mass / (mass + elsewhere))
+
+
+def _zones(heat: Float[np.ndarray, "rows columns"]) -> list[str]:
+    """The ninth of the image that holds most of the activation, and a second one that holds nearly as much."""
+    ninths = {}
+    for row, vertical in zip(np.array_split(heat, 3, axis=0), ("upper", "middle", "lower"), strict=True):
+        for part, side in zip(np.array_split(row, 3, axis=1), ("left", "centre", "right"), strict=True):
+            name = "centre" if (vertical, side) == ("middle", "centre") else f"{vertical} {side}"
+            ninths[name] = float(part.sum())
+    ranked = sorted(ninths, key=lambda name: -ninths[name])
+    return [name for name in ranked[:2] if ninths[name] >= 0.6 * ninths[ranked[0]]]
 
 
 def judge(driver: Driver, place: Place, settings: Settings) -> Ruling:

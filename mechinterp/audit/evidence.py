@@ -57,7 +57,7 @@ class Evidence:
 
 def prepare(model: HookedVLM, data: ImageData, rows: Sequence[int] | np.ndarray, target: Target) -> ImageTextBatch:
     """Images of `data` as a batch that the model can score."""
-    pixels = data.pixels(np.asarray(rows), getattr(model, "image_size", None))
+    pixels = data.pixels(np.asarray(rows))
     return model.prepare(pixels, [target], ids=[data.images[int(row)] for row in rows])
 
 

@@ -6,9 +6,10 @@
    attribute clearly better than it follows the target (a drain lies where the pneumothorax is), and no attribute of
    another column explains it clearly better.
 3. They are ranked by how much of the attribute they write: |mean activation with - without it|, within target strata,
-   x decoder norm. The first ones that hold `WRITTEN` of the sum, `MOST` at most, are its feature set. Both signs count:
-   a feature that fires without the attribute tells the model about it as well. What a feature does to the score plays
-   no part in the choice, so that random sets are a fair comparison.
+   x decoder norm. The first ones that hold `WRITTEN` of the sum are its feature set: `MOST` at most, and at most a
+   quarter of the live features, so that random sets can be drawn from the rest. Both signs count: a feature that fires
+   without the attribute tells the model about it as well. What a feature does to the score plays no part in the choice,
+   so that random sets are a fair comparison.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def select(selectivity: Selectivity, a: int) -> tuple[int, ...]:
     ranked = [int(f) for f in order if kept[f]]
     share = np.cumsum(selectivity.written[a][ranked])
     needed = int(np.searchsorted(share, WRITTEN * share[-1])) + 1 if ranked else 0
-    return tuple(ranked[: min(needed, MOST)])
+    return tuple(ranked[: min(needed, MOST, int(selectivity.live.sum()) // 4)])
 
 
 def _for_target(columns, rows, label, value, choice) -> Float[np.ndarray, " f"]:

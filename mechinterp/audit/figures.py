@@ -41,11 +41,9 @@ def forest(rows: list[dict[str, Any]], truth: dict[str, Any] | None, line: float
     _labels(
         axes, [f"{_plain(row['candidate'])}   {row['verdict']}" for row in tested], [row["verdict"] for row in tested]
     )
-    axes.set_xlabel(
-        "change of the score in sd: removed features (dot, 95 % interval); raw difference at equal label (diamond)"
-        + ("; true do() effect (cross)" if true else ""),
-        fontsize=8.5,
-    )
+    keys = "features removed (dot, 95 % interval);  raw difference at equal label (diamond)"
+    keys += ";  true do() effect (cross)" if true else ""
+    axes.set_xlabel(f"change of the score in sd\n{keys}", fontsize=8.5)
     _legend(figure, "grey band: 95 % of matched random feature sets;  dashed: the line that matters", len(tested))
     return _png(figure)
 

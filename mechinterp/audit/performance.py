@@ -61,7 +61,7 @@ def metadata_only(evidence: Evidence, attributes: list[Attribute]) -> np.ndarray
 
 
 def _enough(labels: np.ndarray, least: int) -> bool:
-    return min((labels == 1).sum(), (labels == 0).sum()) >= least
+    return min(int((labels == 1).sum()), int((labels == 0).sum())) >= least
 
 
 def _row(

@@ -32,6 +32,7 @@ from mechinterp.audit.performance import performance_rows
 from mechinterp.audit.questions import power_of, questions
 from mechinterp.audit.settings import Settings
 from mechinterp.audit.shortcuts import Case, choose_features, shortcut_row, try_candidates
+from mechinterp.audit.sizes import one_size
 from mechinterp.audit.truth import measure_truth
 from mechinterp.audit.untested import untested
 from mechinterp.data import ImageData
@@ -96,6 +97,7 @@ def audit(
 
     started = time.perf_counter()
     asked = choose_target(model, data, target)
+    data = one_size(model, data)
     placed, source = (placed, "given") if placed is not None else dictionary_of(model, data, seed)
     tokens = tokens_of(placed)
     evidence = collect(model, data, asked, placed, tokens)
@@ -237,8 +239,8 @@ def _features(
     return rows, cards, {str(FeatureId(trial.placed.writes, f)): heat for f, heat in heats.items()}
 
 
-def _told(cases: list[Case], each: int = 4) -> list[int]:
-    """The features to show: of the worst candidates first, a few each."""
+def _told(cases: list[Case], each: int = 2) -> list[int]:
+    """The features to show: of the worst candidates first, a few each, more of those that failed."""
     order = {"FAIL": 0, "CONCERN": 1, "PASS": 2, "NOT TESTED": 3}
     ranked = sorted(cases, key=lambda case: order[case.ruling.verdict])
     return [feature for case in ranked for feature in case.features[: each if order[case.ruling.verdict] > 0 else 8]][

@@ -143,4 +143,4 @@ def _area(row: dict[str, Any]) -> str:
 
 
 def _inside(interval: list[float], line: float) -> bool:
-    return -line < interval[0] and interval[1] < line
+    return bool(-line < interval[0] and interval[1] < line)

@@ -20,7 +20,7 @@ class Settings:
         min_cell: images that each of the four cells (target yes/no x attribute yes/no) needs among the test patients.
         draws: patient-bootstrap draws.
         random_sets: matched random feature sets for each candidate.
-        joint_sets: of these, how many are also removed together, in the model, for a candidate under suspicion.
+        joint_sets: how many more are removed together, in the model, on up to 120 images, for a candidate under suspicion.
         max_images: test images on which features are ablated (a seeded choice of patients when there are more).
     """
 
@@ -31,4 +31,4 @@ class Settings:
     draws: int = 2000
     random_sets: int = 1000
     joint_sets: int = 100
-    max_images: int = 400
+    max_images: int = 240

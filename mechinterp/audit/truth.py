@@ -17,7 +17,7 @@ from mechinterp.types import Target
 
 __all__ = ["measure_truth"]
 
-IMAGES = 64  # test images that are rendered again for each factor
+IMAGES = 48  # test images that are rendered again for each factor
 
 
 def measure_truth(

@@ -88,8 +88,11 @@ def rule(
         if hurts:
             return Ruling("FAIL", f"{proof} ({against}), and {costs}")
         return Ruling("CONCERN", f"{proof} ({against}), but harm is not shown: {costs}")
+    if np.isnan(adjusted_p):
+        said = f"the dictionary is too small to draw matched random sets; {proof}; {seen}"
+        return Ruling("CONCERN" if suspicious(observed, gap_p, settings) else "NOT TESTED", said)
     if suspicious(observed, gap_p, settings):
-        return Ruling("CONCERN", f"{seen}, which the features found do not account for ({proof})")
+        return Ruling("CONCERN", f"{seen}, which the features found do not account for ({proof}; {against})")
     if within(causal.ci95, line):
         return Ruling("PASS", f"{proof}, within the line of {line:g} sd; {seen}")
     return Ruling("NOT TESTED", f"too little power: {proof}; smallest detectable {causal.detectable_effect:.2f} sd")

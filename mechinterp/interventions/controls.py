@@ -94,8 +94,9 @@ def matched_random_sets(
     1. Candidates are the features that fire at all, less `features` and `exclude`.
     2. Each member of `features` ranks the candidates by distance in (log frequency, log strength), each divided by its
        standard deviation over the candidates. A member that never fires takes the floor of the candidates.
-    3. Its pool is the nearest candidates: as many as are needed for `n` different sets, at least 20, and never more
-       than half of the candidates (or 20), beyond which a set could not be called matched.
+    3. Its pool is the nearest candidates: as many as are needed for `n` different sets, at least 20 and twice the set
+       (members that resemble each other share a pool), and never more than half of the candidates (or 20), beyond which
+       a set could not be called matched.
     4. A set draws one candidate from each member's pool, without repetition within the set.
 
     Raises UsageError when fewer than `n` different sets can be drawn; the caller then has too few live features to
@@ -109,7 +110,7 @@ def matched_random_sets(
     where = f"{len(candidates)} live features outside the set of {len(chosen)}"
     if not len(chosen) or len(candidates) <= len(chosen):
         raise UsageError(f"cannot draw {n} matched sets", where=where)
-    size = min(max(20, -(-n // len(chosen))), max(20, len(candidates) // 2))
+    size = min(max(20, 2 * len(chosen), -(-n // len(chosen))), max(20, len(candidates) // 2))
     pools = _pools(activity, chosen, candidates, size).tolist()
     if math.comb(len({f for pool in pools for f in pool}), len(chosen)) < n:
         raise UsageError(f"cannot draw {n} matched sets", where=where, hint="ask for fewer sets")
