@@ -1,8 +1,8 @@
 """Marks that nobody annotated: blur the margin of every test image, where letters, arrows and stamps stand, and look.
 
 A letter of a few pixels does not survive a blur of a sixteenth of the image's width; the grey level of shoulder, arm
-and collimation does. What the score loses with it is what fine detail in the margin was worth to the model. The same blur
-of the middle, where the target is, says what a change of that size looks like when detail is used.
+and collimation does. What the score loses with it is what fine detail in the margin was worth to the model. The same
+blur of the middle, where the target is, says what a change of that size looks like when detail is used.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 3. Choose each attribute's features on train and val patients; everything after uses test patients.
 4. Sweep the effect of every live feature; remove each attribute's features together; compare with random sets.
 5. Correct for the number of candidates, measure harm, rule.
-6. Drivers, feature cards, galleries, failures; on a phantom the truth.
+6. Drivers, feature cards, galleries, failures; on a phantom the truth; the margin, where unnamed marks stand.
 7. Write.
 """
 
@@ -28,6 +28,7 @@ from mechinterp.audit.drivers import find_drivers, judge
 from mechinterp.audit.evidence import Evidence, collect, prepare
 from mechinterp.audit.failures import failures
 from mechinterp.audit.features import Selectivity, measure_selectivity
+from mechinterp.audit.margin import margin_evidence
 from mechinterp.audit.performance import performance_rows
 from mechinterp.audit.questions import power_of, questions
 from mechinterp.audit.settings import Settings
@@ -127,6 +128,7 @@ def audit(
     record["failures"] = failures(trial, data, evidence, cases)
     record["power"] = power_of(rows, settings)
     record["truth"] = measure_truth(model, data, asked, evidence, rows, settings, seed)
+    record["margin"] = margin_evidence(model, data, asked, evidence, bootstrap)
     record["not_tested"] = untested(record, data)
     record["questions"] = questions(record, settings)
     record["versions"] = _versions()

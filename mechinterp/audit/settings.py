@@ -20,7 +20,7 @@ class Settings:
         min_cell: images that each of the four cells (target yes/no x attribute yes/no) needs among the test patients.
         draws: patient-bootstrap draws.
         random_sets: matched random feature sets for each candidate.
-        joint_sets: how many more are removed together, in the model, on up to 120 images, for a candidate under suspicion.
+        joint_sets: how many more are removed together, in the model, on up to 120 images, for a suspected candidate.
         max_images: test images on which features are ablated (a seeded choice of patients when there are more).
     """
 

@@ -140,10 +140,13 @@ def _pools(
 
 def _draw(pools: list[list[int]], draws: random.Random) -> list[int] | None:
     """One candidate from each pool, members in random order; None when a pool is exhausted."""
-    drawn: list[int] = []
+    drawn: dict[int, None] = {}
     for pool in draws.sample(pools, len(pools)):
-        free = [f for f in pool if f not in drawn]
-        if not free:
-            return None
-        drawn.append(draws.choice(free))
-    return drawn
+        picked = draws.choice(pool)
+        if picked in drawn:  # seldom: only then look through the pool
+            free = [f for f in pool if f not in drawn]
+            if not free:
+                return None
+            picked = draws.choice(free)
+        drawn[picked] = None
+    return list(drawn)
