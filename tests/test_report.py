@@ -136,6 +136,12 @@ def record(text: str = "mark") -> dict[str, Any]:
                 }
             ],
         },
+        "margin": [
+            {
+                **{"region": text, "mean_change_sd": 0.1, "mean_change_ci95": [0.0, 0.2], "auroc_before": 0.8},
+                **{"auroc_after": 0.7, "auroc_lost": 0.1, "auroc_lost_ci95": [0.0, 0.2]},
+            }
+        ],
         "not_tested": [{"what": text, "why": text}],
         "versions": {"mechinterp": text},
         "seconds": 1.0,
