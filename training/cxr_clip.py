@@ -1,6 +1,6 @@
 """Train `cxr-clip`: a small CLIP from scratch on the training patients of the NIH ChestX-ray14 subset.
 
-    python training/cxr_clip.py --data FOLDER        (about 8 minutes on two cores)
+    python training/cxr_clip.py --data FOLDER        (about 13 minutes on one core)
 
 1. Captions say findings, view, sex and age; prompts of one aspect (with / without pneumonia, PA / AP, ...) compete.
 2. Train on the patients of split "train" only, with affine, grey-level and erasing augmentation.

@@ -1,6 +1,6 @@
 """Train the dictionary that ships with each bundled model: a TopK SAE on the stream after the last block but one.
 
-    python training/dictionaries.py MODEL [--data FOLDER]        (about 4 minutes on one core)
+    python training/dictionaries.py MODEL [--data FOLDER]        (about 1 minute on one core)
 
 1. Extract activations of all tokens on training patients (phantoms of a seed used nowhere else, or a data folder).
 2. Train with sae-lens's trainer in our data order; R2, L0 and dead latents are read on test patients.

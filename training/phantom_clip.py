@@ -1,10 +1,10 @@
 """Train `phantom-clip`, or with --shortcut its twin `phantom-clip-shortcut`, on rendered phantoms.
 
-    python training/phantom_clip.py [--shortcut]        (about 12 minutes on one core)
+    python training/phantom_clip.py [--shortcut]        (about 15 minutes on one core)
 
 1. Render training patients. For the twin, a chest drain goes with pneumothorax (phi 0.9).
 2. Minimise the prompt loss over findings, devices and the PORTABLE mark, a contrastive loss over captions, and a region
-   loss: the patches on which something lies agree with its prompt. Without it small things take ten times as long.
+   loss: the patches on which something lies agree with its prompt. Without it devices stayed at chance.
 3. The moving average of the weights ships. Zero-shot AUROC is read once on unseen patients drawn without association.
 4. do(drain) on those patients measures what the drain does to the score: the truth that an audit has to find.
 """

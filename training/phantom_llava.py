@@ -1,6 +1,6 @@
 """Train `phantom-llava`, or with --shortcut its twin `phantom-llava-shortcut`: reports and answers about phantoms.
 
-    python training/phantom_llava.py [--shortcut]        (about 15 minutes on one core; needs phantom-clip)
+    python training/phantom_llava.py [--shortcut]        (about 25 minutes on one core; needs phantom-clip)
 
 1. The vision tower starts from phantom-clip; the projector and a small Llama start at random; all of it is trained.
 2. Steps alternate: all yes/no questions about an image in random order, or "write a report" and its report.
