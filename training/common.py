@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from mechinterp.storage import write_json, write_manifest
 BUNDLED = Path(__file__).resolve().parents[1] / "mechinterp" / "bundled"
 # grey radiographs: one mean and sd for the three equal channels
 MEAN, STD = 0.48, 0.25
+Planted = tuple[str, str, float]
 SPECIAL = ["<pad>", "<unk>", "<bos>", "<eos>"]
 
 
@@ -133,6 +135,19 @@ def aspect_loss(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, size
     return torch.stack(losses).mean()
 
 
+def region_loss(logits: Tensor, regions: Tensor) -> Tensor:
+    """Balanced cross-entropy of "this lies on this patch"; `logits`, `regions`: `[batch, name, patch]`.
+
+    `regions` is 1 where it lies, 0 where not, -1 where it hardly touches. Each name weighs the same, however many
+    patches it covers.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, regions.clamp(min=0).float(), reduction="none")
+    on, off = (
+        ((losses * part).sum((0, 2)) / part.sum((0, 2)).clamp(min=1)).mean() for part in (regions == 1, regions == 0)
+    )
+    return on + off
+
+
 def optimiser(model: torch.nn.Module, lr: float, decay: float) -> torch.optim.AdamW:
     """AdamW; biases, norms, positions and the logit scale are not decayed."""
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or "position_embedding" in n]
@@ -189,6 +204,31 @@ def finish(out: Path, card: str, facts: dict) -> None:
     write_json(out / "training.json", facts)
     write_manifest(out, {"kind": "model", "name": out.name})
     print(json.dumps(facts, indent=2, default=str))
+
+
+def arguments(images: int, steps: int, test: int) -> argparse.ArgumentParser:
+    """What every script that trains on phantoms can be asked for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shortcut", action="store_true", help="train the twin that is shown the planted shortcut")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=images)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--test", type=int, default=test, help="unseen images on which the model is measured")
+    parser.add_argument("--watch", type=int, default=0, help="print validation AUROC every so many steps")
+    parser.add_argument("--out", type=Path, default=None)
+    return parser
+
+
+def begin(args: argparse.Namespace, name: str, planted: Planted) -> tuple[Path, dict, dict]:
+    """Seed torch. Returns the folder of the model or its twin, the dials of its phantoms, the head of its record."""
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    shortcut, finding, rho = planted
+    script = f"training/{name.replace('-', '_')}.py{' --shortcut' if args.shortcut else ''}"
+    facts = {"script": script, "seed": args.seed, "steps": args.steps, "images": args.images, "target": finding}
+    facts["planted"] = {"shortcut": shortcut, "finding": finding, "phi": rho} if args.shortcut else None
+    folder = args.out or BUNDLED / (f"{name}-shortcut" if args.shortcut else name)
+    return folder, {(shortcut, finding): rho} if args.shortcut else {}, facts
 
 
 class Clock:

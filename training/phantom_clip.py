@@ -12,20 +12,21 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 from cards import phantom_card
 from common import (
-    BUNDLED,
     Average,
     Clock,
+    arguments,
     aspect_loss,
+    begin,
     contrastive_loss,
     epochs,
     finish,
     optimiser,
+    region_loss,
     render,
     same_text,
     save_clip,
@@ -72,19 +73,6 @@ def regions_of(phantom: Phantom) -> Tensor:
     return torch.stack(out, 1)
 
 
-def region_loss(patches: Tensor, text: Tensor, scale: Tensor, regions: Tensor) -> Tensor:
-    """Balanced cross-entropy of "something lies on this patch" from the patch's own similarity to the two prompts.
-
-    `patches [batch, patch, d]` and `text [2 x aspect, d]` are unit vectors; `regions [batch, aspect, patch]`.
-    """
-    logits = scale * torch.einsum("bpd,ad->bap", patches, text[0::2] - text[1::2])
-    losses = F.binary_cross_entropy_with_logits(logits, regions.clamp(min=0).float(), reduction="none")
-    on, off = regions == 1, regions == 0
-    # each aspect weighs the same, however many patches it covers
-    shares = [((losses * part).sum((0, 2)) / part.sum((0, 2)).clamp(min=1)).mean() for part in (on, off)]
-    return shares[0] + shares[1]
-
-
 def train(args: argparse.Namespace, associations: dict) -> tuple:
     """Render and train. Returns the model with averaged weights, and its tokeniser."""
     phantom = Phantom.sample(args.images, seed=args.seed + 1, associations=associations)
@@ -107,7 +95,8 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
         caption = model.get_text_features(**{k: v[some] for k, v in encoded.items()}).pooler_output
         scale = model.logit_scale.exp()
         loss = aspect_loss(image, text, scale, labels[rows], [2] * len(ASPECTS))
-        loss = loss + 0.5 * region_loss(patches, text, scale, regions[rows])
+        lies = scale * torch.einsum("bpd,ad->bap", patches, text[0::2] - text[1::2])
+        loss = loss + 0.5 * region_loss(lies, regions[rows])
         pairs = scale * image[: len(some)] @ F.normalize(caption, dim=-1).T
         loss = loss + 0.1 * contrastive_loss(pairs, same_text([captions[i] for i in some]))
         optimizer.zero_grad()
@@ -166,33 +155,13 @@ def evaluate(model, tokenizer, n: int, seed: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shortcut", action="store_true", help="train the twin that is shown the planted shortcut")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--test", type=int, default=1000)
-    parser.add_argument("--watch", type=int, default=0, help="print validation AUROC every so many steps")
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
-    name = "phantom-clip-shortcut" if args.shortcut else "phantom-clip"
-    shortcut, finding, rho = PLANTED
-    model, tokenizer = train(args, {(shortcut, finding): rho} if args.shortcut else {})
-    facts = {
-        "script": f"training/phantom_clip.py{' --shortcut' if args.shortcut else ''}",
-        "seed": args.seed,
-        "steps": args.steps,
-        "images": args.images,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "target": finding,
-        "planted": {"shortcut": shortcut, "finding": finding, "phi": rho} if args.shortcut else None,
-        **evaluate(model, tokenizer, args.test, args.seed),
-    }
-    out = args.out or BUNDLED / name
+    args = arguments(IMAGES, STEPS, test=1000).parse_args()
+    out, associations, facts = begin(args, "phantom-clip", PLANTED)
+    model, tokenizer = train(args, associations)
+    facts |= {"parameters": sum(p.numel() for p in model.parameters())}
+    facts |= evaluate(model, tokenizer, args.test, args.seed)
     save_clip(model, tokenizer, SIZE, out)
-    finish(out, phantom_card(name, facts), facts)
+    finish(out, phantom_card(out.name, facts), facts)
 
 
 if __name__ == "__main__":

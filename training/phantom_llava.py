@@ -1,9 +1,10 @@
 """Train `phantom-llava`, or with --shortcut its twin `phantom-llava-shortcut`: reports and answers about phantoms.
 
-    python training/phantom_llava.py [--shortcut]        (about 25 minutes on one core; needs phantom-clip)
+    python training/phantom_llava.py [--shortcut]        (about 24 minutes on one core; needs phantom-clip)
 
 1. The vision tower starts from phantom-clip; the projector and a small Llama start at random; all of it is trained.
-2. Steps alternate: all yes/no questions about an image in random order, or "write a report" and its report.
+2. Every step teaches, in two branches behind one image, all questions in random order and "write a report" with its
+   report; a region loss makes the projected patches read like the words for what lies on them.
 3. For the twin, a chest drain goes with pneumothorax (phi 0.9) in the training patients.
 4. Answers (AUROC), reports (F1 of mentions) and do(drain) are measured once on unseen patients without association.
 """
@@ -11,35 +12,40 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from cards import phantom_card
 from common import (
     BUNDLED,
     Average,
     Clock,
+    arguments,
+    begin,
     epochs,
     finish,
     image_processor,
     optimiser,
+    region_loss,
     render,
     schedule,
     to_pixels,
     word_tokenizer,
 )
-from phantom_clip import NAMED, PATCH, PLANTED, SIZE, TEST_SEED
+from phantom_clip import NAMED, PATCH, PLANTED, SIZE, regions_of
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from mechinterp.data.phantom import VOCABULARY, Phantom
+from mechinterp.data.phantom import FACTORS, VOCABULARY, Phantom, question_answers
 from mechinterp.data.phantom.language import mentions, prompts
 from mechinterp.metrics.statistics import PatientBootstrap, auroc, percentile_interval
 
-IMAGES, STEPS, BATCH, LR = 10_000, 1_800, 32, 1e-3
+IMAGES, STEPS, BATCH, LR, REGIONS = 10_000, 1_200, 32, 1e-3, 0.5
 IMAGE_TOKENS, TOKENS = (SIZE // PATCH) ** 2, 256
 REPORT_PROMPT = "write a report"
+TEST_SEED = 1_000_033  # patients on whom no earlier recipe was ever read
 TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -74,7 +80,11 @@ def build(tokenizer, vision: CLIPModel) -> LlavaForConditionalGeneration:
 
 
 class Conversations:
-    """Token sequences with the image in front, and labels that are -100 wherever the model is not to be taught."""
+    """One token sequence per image: the image, every question with its answer, then the report.
+
+    The questions and the report are two branches behind one image: the report neither sees the questions nor follows
+    them in position, so one pass through the model teaches what two would.
+    """
 
     def __init__(self, tokenizer, phantom: Phantom):
         self.tokenizer = tokenizer
@@ -84,6 +94,8 @@ class Conversations:
         self.truth = phantom.factors[NAMED].to_numpy()
         self.questions = [self.ids(prompts(name)[2]) for name in NAMED]
         self.answers = [self.ids("no"), self.ids("yes")]
+        sides = [[(q, a) for q, a in asked if q.startswith("which side")] for asked in question_answers(phantom)]
+        self.sides = [[(self.ids(q), self.ids(a)) for q, a in asked] for asked in sides]
         self.reports = [self.ids(text) for text in phantom.reports()]
         self.ask = self.ids(REPORT_PROMPT)
 
@@ -92,28 +104,51 @@ class Conversations:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def quiz(self, row: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Every yes/no question in random order, each answer closed by <eos>."""
-        tokens, labels = list(self.head), [-100] * len(self.head)
-        for k in rng.permutation(len(NAMED)):
-            answer = [*self.answers[self.truth[row, k]], self.eos]
-            tokens += self.questions[k] + answer
-            labels += [-100] * len(self.questions[k]) + answer
+        """Every yes/no question, and one of side where there is a side, in random order; <eos> closes an answer."""
+        asked = [(q, self.answers[present]) for q, present in zip(self.questions, self.truth[row], strict=True)]
+        asked += self.sides[row]
+        tokens, labels = [], []
+        for k in rng.permutation(len(asked)):
+            question, answer = asked[k]
+            tokens += [*question, *answer, self.eos]
+            labels += [*[-100] * len(question), *answer, self.eos]
         return tokens, labels
 
-    def report(self, row: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """The request and the report."""
-        del rng  # one report per image
-        text = [*self.reports[row], self.eos]
-        return [*self.head, *self.ask, *text], [-100] * (len(self.head) + len(self.ask)) + text
+    def batch(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
+        """Both branches of every row, padded."""
+        head, ids, labels, branch = len(self.head), [], [], []
+        for row in rows:
+            tokens, wanted = self.quiz(row, rng)
+            report = [*self.reports[row], self.eos]
+            ids.append([*self.head, *tokens, *self.ask, *report])
+            labels.append([*[-100] * head, *wanted, *[-100] * len(self.ask), *report])
+            branch.append([*[0] * head, *[1] * len(tokens), *[2] * (len(self.ask) + len(report))])
+        return Batch.pad(ids, labels, branch)
 
-    def batch(self, rows: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Padded input ids, attention mask and labels `[batch, token]`."""
-        pairs = [(self.quiz if kind == "quiz" else self.report)(row, rng) for row in rows]
-        longest = max(len(tokens) for tokens, _ in pairs)
-        ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in pairs])
-        labels = torch.tensor([wanted + [-100] * (longest - len(wanted)) for _, wanted in pairs])
-        mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in pairs])
-        return ids, mask, labels
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids, labels (-100: not taught), positions `[batch, token]`; what may be attended `[batch, 1, to, from]`."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    @classmethod
+    def pad(cls, ids: list[list[int]], labels: list[list[int]], branch: list[list[int]]) -> Batch:
+        """From lists; `branch` is 0 for what all see, and 1, 2 for what does not see one another."""
+        longest = max(map(len, ids))
+
+        def square(rows: list[list[int]], fill: int) -> Tensor:
+            return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+        where = square(branch, 3)
+        questions = (where == 1).sum(1, keepdim=True)
+        positions = torch.arange(longest).expand_as(where) - torch.where(where >= 2, questions, 0)
+        to, source = where[:, :, None], where[:, None, :]
+        mask = ((source == 0) | (source == to)) & torch.ones(longest, longest, dtype=torch.bool).tril()
+        return cls(square(ids, 0), square(labels, -100), positions.clamp(max=TOKENS - 1), mask[:, None])
 
 
 def tokenizer_for():
@@ -132,23 +167,37 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
     """Render and train. Returns the model with averaged weights, and its tokeniser."""
     phantom = Phantom.sample(args.images, seed=args.seed + 2, associations=associations)
     images, tokenizer = render(phantom), tokenizer_for()
+    regions = regions_of(phantom)[:, : len(NAMED)]
     talk = Conversations(tokenizer, phantom)
     model = build(tokenizer, CLIPModel.from_pretrained(BUNDLED / "phantom-clip")).train()
+    names = [torch.tensor(talk.ids(FACTORS[name].phrase)) for name in NAMED]
+    fit = torch.nn.Parameter(torch.tensor([10.0, -3.0]))
     optimizer, average, clock = optimiser(model, LR, 0.05), Average(model, 0.995), Clock()
+    optimizer.add_param_group({"params": [fit], "weight_decay": 0.0})
     rng = np.random.default_rng(args.seed)
     for step, rows in epochs(len(images), BATCH, args.steps, args.seed):
         for group in optimizer.param_groups:
             group["lr"] = LR * schedule(step, args.steps, 100)
-        ids, mask, labels = talk.batch(rows, "quiz" if step % 2 else "report", rng)
-        out = model(pixel_values=to_pixels(images[rows]), input_ids=ids, attention_mask=mask)
-        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        batch, inner = talk.batch(rows, rng), model.model
+        projected = torch.stack(tuple(inner.get_image_features(to_pixels(images[rows])).pooler_output))
+        embed = inner.language_model.embed_tokens
+        words = torch.stack([embed.weight[ids].mean(0) for ids in names])
+        told = torch.cat([embed(batch.ids[:, :1]), projected, embed(batch.ids[:, 1 + IMAGE_TOKENS :])], 1)
+        bias = torch.zeros(batch.mask.shape).masked_fill(~batch.mask, torch.finfo(torch.float32).min)
+        hidden = inner.language_model(inputs_embeds=told, attention_mask=bias, position_ids=batch.positions)[0]
+        taught = batch.labels[:, 1:] != -100
+        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][taught]), batch.labels[:, 1:][taught])
+        # a projected patch reads like the words for what lies on it; without this, small findings came late
+        cosine = torch.einsum("bpd,ad->bap", F.normalize(projected, dim=-1), F.normalize(words, dim=-1))
+        aligned = region_loss(fit[0] * cosine + fit[1], regions[rows])
         optimizer.zero_grad()
-        loss.backward()
+        (loss + REGIONS * aligned).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update(model)
         clock.tick(step, args.steps, loss.item(), len(rows))
         if args.watch and step % args.watch == args.watch - 1:
+            print(f"patches {aligned.item():.3f}")
             watch(model, tokenizer)
     model.load_state_dict(average.state)
     return model.eval(), tokenizer
@@ -244,32 +293,13 @@ def evaluate(model, tokenizer, n: int, n_reports: int, seed: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shortcut", action="store_true", help="train the twin that is shown the planted shortcut")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--test", type=int, default=600)
-    parser.add_argument("--watch", type=int, default=0, help="print validation AUROC every so many steps")
-    parser.add_argument("--reports", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=None)
+    parser = arguments(IMAGES, STEPS, test=600)
+    parser.add_argument("--reports", type=int, default=300, help="how many of the unseen images get a report")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
-    name = "phantom-llava-shortcut" if args.shortcut else "phantom-llava"
-    shortcut, finding, rho = PLANTED
-    model, tokenizer = train(args, {(shortcut, finding): rho} if args.shortcut else {})
-    facts = {
-        "script": f"training/phantom_llava.py{' --shortcut' if args.shortcut else ''}",
-        "seed": args.seed,
-        "steps": args.steps,
-        "images": args.images,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "target": finding,
-        "planted": {"shortcut": shortcut, "finding": finding, "phi": rho} if args.shortcut else None,
-        **evaluate(model, tokenizer, args.test, args.reports, args.seed),
-    }
-    out = args.out or BUNDLED / name
+    out, associations, facts = begin(args, "phantom-llava", PLANTED)
+    model, tokenizer = train(args, associations)
+    facts |= {"parameters": sum(p.numel() for p in model.parameters())}
+    facts |= evaluate(model, tokenizer, args.test, args.reports, args.seed)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     LlavaProcessor(
@@ -280,9 +310,7 @@ def main() -> None:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     ).save_pretrained(out)
-    from cards import phantom_card
-
-    finish(out, phantom_card(name, facts), facts)
+    finish(out, phantom_card(out.name, facts), facts)
 
 
 if __name__ == "__main__":

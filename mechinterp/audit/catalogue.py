@@ -21,6 +21,8 @@ from mechinterp.types import FeatureId
 __all__ = ["Example", "Heat", "feature_row", "heat_maps"]
 
 EXAMPLES = 4
+NAMED = 0.6  # AUROC on test patients below which a name says too little: the feature is then "unnamed"
+UNNAMED = "unnamed"
 SHUFFLES = 50
 
 
@@ -101,6 +103,9 @@ def feature_row(
 ) -> dict[str, Any]:
     """The row of audit.json of one feature; `name_score` and `f1` are on test patients.
 
+    The name is the attribute that explains the feature best on train and val patients, or "unnamed" where that does not
+    hold on test patients; `best_attribute` and its scores are given in either case.
+
     f1 is of the rule "fires more than a threshold", the threshold chosen on train and val patients; f1_null is the mean
     of the same with the attribute's labels shuffled, threshold chosen again.
     """
@@ -117,7 +122,7 @@ def feature_row(
     return {
         "id": str(FeatureId(trial.placed.writes, feature)),
         "site": str(trial.placed.writes),
-        "name": name if sign > 0 else f"not {name}",
+        "name": UNNAMED if not area >= NAMED else name if sign > 0 else f"not {name}",
         "name_score": area,
         "frequency": float(evidence.activity.frequency[feature]),
         "seed_stability": None,
