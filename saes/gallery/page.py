@@ -1,0 +1,185 @@
+"""Write the catalogue: features.html (one page that loads nothing), features.parquet, manifest.json.
+
+The page's only script is our own file, named by hash in the content security policy; without it the page shows
+everything, unsorted. Every text from the data or the model goes through jinja2's autoescape.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shlex
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechinterp.storage import write_bytes, write_manifest
+from saes.gallery.cards import cards_of, overlaps_of, places_of
+from saes.gallery.facts import SAME
+from saes.gallery.table import feature_table, parquet_bytes
+from saes.naming import LEAST_AUROC, UNNAMED
+from saes.naming.names import ERROR, FALSE_DISCOVERIES
+
+if TYPE_CHECKING:
+    from saes.gallery.build import Catalogue
+
+__all__ = ["render", "write"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write(made: Catalogue) -> Path:
+    """Write everything below `made.folder`; returns it."""
+    places, overlaps = places_of(made), overlaps_of(made)
+    table = feature_table(made, places, overlaps)
+    cards = cards_of(made, table, overlaps)
+    page = render(_about(made, table), cards, _lines(table, set(made.shown)), _concepts(made))
+    write_bytes(made.folder / "features.parquet", parquet_bytes(table))
+    write_bytes(made.folder / "features.html", page.encode("utf-8", "replace"))
+    write_manifest(made.folder, {"kind": "features", "model": made.model.label, "seed": made.seed})
+    return made.folder
+
+
+def render(
+    about: dict[str, Any], cards: list[dict[str, Any]], lines: list[dict[str, Any]], concepts: list[dict[str, Any]]
+) -> str:
+    """The HTML page. Pictures are bytes; everything else is text that is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number,
+        "signed": _signed,
+        "percent": _percent,
+        "range": _range,
+        "picture": lambda content: f"data:image/jpeg;base64,{base64.b64encode(content).decode()}",
+    }
+    environment.finalize = _clean
+    style, script = ((TEMPLATES / name).read_text() for name in ("features.css", "features.js"))
+    return environment.get_template("features.html.j2").render(
+        a=about,
+        cards=cards,
+        lines=lines,
+        concepts=concepts,
+        style=Markup(style),  # our own files, not data
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+
+
+def _about(made: Catalogue, table: Any) -> dict[str, Any]:
+    observed, naming = made.observed, made.naming
+    test, data = observed.test, made.data
+    parts = ["mechinterp", "features", made.model.label, "--data", data.name, "--seed", str(made.seed)]
+    return {
+        "model": made.model.label,
+        "family": made.model.family,
+        "model_sha256": made.model.sha256,
+        "data": data.name,
+        "data_sha256": data.sha256,
+        "site": str(made.placed.writes),
+        "source": made.source,
+        "target": made.target.name if made.target else None,
+        "prompts": [made.target.positive, made.target.negative] if made.target else [],
+        "width": observed.strongest.shape[1],
+        "live": len(naming.names),
+        "named": len(naming.named),
+        "by_text": sum(name.source == "text" for name in naming.named),
+        "decoys": naming.decoys,
+        "decoys_named": naming.decoys_named,
+        "false_discovery_rate": naming.false_discovery_rate,
+        "test_images": int(test.sum()),
+        "test_patients": len(set(observed.patients[test])),
+        "fit_images": int((~test).sum()),
+        "fit_patients": len(set(observed.patients[~test])),
+        "effect_images": made.push.images if made.push else 0,
+        "towers": sorted(set(table["tower"])) if len(table) else [],
+        "settings": {
+            "least_auroc": LEAST_AUROC,
+            "error": ERROR,
+            "false_discoveries": FALSE_DISCOVERIES,
+            "same": SAME,
+        },
+        "stability": made.stability is not None,
+        "shown": len(made.shown),
+        "notes": list(data.notes),
+        "seed": made.seed,
+        "command": shlex.join(parts),
+    }
+
+
+def _concepts(made: Catalogue) -> list[dict[str, Any]]:
+    """For each concept on offer, how many features are named after it, and the best of them."""
+    rows = []
+    for i, concept in enumerate(made.naming.concepts):
+        mine = [n for n in made.naming.named if n.concept == i]
+        best = max(mine, key=lambda n: n.auroc, default=None)
+        rows.append(
+            {
+                "name": concept.name,
+                "kind": concept.kind,
+                "labelled": concept.labelled,
+                "with": sum(n.present for n in mine),
+                "without": sum(not n.present for n in mine),
+                "best": best.auroc if best else None,
+                "ci95": list(best.ci95) if best else None,
+                "best_index": best.feature if best else None,
+                "shown": best is not None and best.feature in made.shown,
+            }
+        )
+    order = {"finding": 0, "acquisition": 1, "demographic": 2, "other": 3, "text": 4}
+    return sorted(rows, key=lambda r: (order.get(r["kind"], 5), -(r["best"] or 0), r["name"]))
+
+
+def _lines(table: Any, shown: set[int]) -> list[dict[str, Any]]:
+    """The rows of the table of all live features, numbers as None where there is none."""
+    columns = ("id", "index", "tower", "name", "source", "test_auroc", "test_auroc_low", "test_auroc_high")
+    columns += ("proposal", "best_attribute", "text", "frequency", "push", "push_size", "place", "seed_stability")
+    made = []
+    for row in table[list(columns)].to_dict("records") if len(table) else []:
+        row = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+        row["shown"] = row["index"] in shown
+        row["named"] = row["name"] != UNNAMED
+        made.append(row)
+    return made
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _clean(value: Any) -> Any:
+    """Control characters, and marks that reorder text, are shown as a replacement character."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return "–" if value is None else value
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t" else c for c in value)
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or not np.isfinite(value)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if _missing(value) else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None, digits: int = 2) -> str:
+    return "–" if _missing(value) else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _percent(value: float | None, digits: int = 0) -> str:
+    return "–" if _missing(value) else f"{100 * value:.{digits}f} %"  # type: ignore[operator]
+
+
+def _range(value: Any, digits: int = 2) -> str:
+    return "" if not value or any(_missing(v) for v in value) else f"{value[0]:.{digits}f} to {value[1]:.{digits}f}"

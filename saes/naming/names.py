@@ -1,0 +1,248 @@
+"""A name for each feature, chosen on train and val patients, and a score for it on patients that played no part.
+
+1. *Chance line.* Every concept is offered to the features of an untrained twin (`saes.naming.twin`). The line of a
+   concept is the |z| that only a share of `ERROR / number of concepts` of the twin's live features exceed, so that a
+   feature that has learnt nothing gets any name at all with probability 5 % at most.
+2. *Proposal*, one for each feature, on train and val patients. Of the attributes whose line it passes, and whose AUROC
+   within strata of their rivals is at least `LEAST_AUROC` (or at most one minus that: "not X"), the one it follows
+   best. Where there is none, the phrase that the text tower says, under the same conditions.
+3. *Proof*, on test patients: AUROC (plain, and within strata of the rival that weakened it most on train) with
+   patient-bootstrap intervals. The name stands when the latter is at least `LEAST_AUROC` and the proposals' one-sided p
+   (bootstrap standard error), adjusted over all proposals after Benjamini and Hochberg, is below `FALSE_DISCOVERIES`.
+   Everything else is unnamed. Test patients can take a name away; they cannot give or change one.
+4. *Decoys.* A second untrained twin goes through 2 and 3. The share of its features that come out named is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import stats
+
+from mechinterp.metrics.statistics import Interval, PatientBootstrap, benjamini_hochberg, percentile_interval
+from saes.naming.association import Association, associate, rivals
+from saes.naming.concepts import Concept
+from saes.naming.proof import auroc_draws
+
+__all__ = ["FALSE_DISCOVERIES", "LEAST_AUROC", "UNNAMED", "Name", "Naming", "chance_lines", "name_features"]
+
+UNNAMED = "unnamed"
+LEAST_AUROC = 0.60
+ERROR = 0.05
+FALSE_DISCOVERIES = 0.05
+LEAST_FIRED = 8  # train and val images in which a feature must fire to be offered a name
+DRAWS = 1000
+NAN = (float("nan"), float("nan"))
+
+
+@dataclass(frozen=True)
+class Name:
+    """What one feature is called, and what speaks for it.
+
+    Fields:
+        feature: its index.
+        name: the concept, "not" and the concept where the feature fires without it, or "unnamed".
+        proposal: what was proposed on train and val patients (None: nothing), whether or not it stood.
+        concept: index of the proposed concept among those on offer.
+        source: "attribute" or "text".
+        present: True where the feature fires with the concept.
+        fit: AUROC within strata of the rival, on train and val patients.
+        auroc, ci95: detection AUROC on test patients, nothing held fixed.
+        within, within_ci95: the same within strata of `rival`, the concept held fixed ("" where there is none).
+        precision: of the test images in which it fires, the share with the concept (without it for "not").
+        q: adjusted p of `within` > 0.5.
+        said: the phrase that the text tower proposed, with its alignment, whether or not it was used.
+        nearest: the attribute that fits best on train and val patients, also where it was not good enough.
+    """
+
+    feature: int
+    name: str = UNNAMED
+    proposal: str | None = None
+    concept: int = -1
+    source: str = ""
+    present: bool = True
+    fit: float = float("nan")
+    auroc: float = float("nan")
+    ci95: Interval = NAN
+    within: float = float("nan")
+    within_ci95: Interval = NAN
+    rival: str = ""
+    precision: float = float("nan")
+    q: float = float("nan")
+    said: str = ""
+    alignment: float = float("nan")
+    nearest: str = ""
+    nearest_fit: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Names of all live features, the chance lines, and how many features of an untrained twin were named.
+
+    Fields:
+        names: one for each live feature, by index.
+        concepts: what was on offer.
+        lines: for each concept, the |z| that a name needs on train and val patients.
+        decoys, decoys_named: live features of the second untrained twin, and how many of them came out named.
+    """
+
+    names: tuple[Name, ...]
+    concepts: tuple[Concept, ...]
+    lines: Float[np.ndarray, " c"]
+    decoys: int = 0
+    decoys_named: int = 0
+
+    @property
+    def named(self) -> tuple[Name, ...]:
+        """Those whose name stood."""
+        return tuple(name for name in self.names if name.name != UNNAMED)
+
+    @property
+    def false_discovery_rate(self) -> float:
+        """Share of the named features that chance would name, from the decoys; nan without decoys."""
+        if not self.decoys or not self.named:
+            return float("nan")
+        return min(1.0, self.decoys_named / self.decoys * len(self.names) / len(self.named))
+
+
+def name_features(
+    signal: Float[np.ndarray, "n f"],
+    concepts: Sequence[Concept],
+    patients: np.ndarray,
+    test: Bool[np.ndarray, " n"],
+    null: Float[np.ndarray, "n g"],
+    decoys: Float[np.ndarray, "n g"] | None = None,
+    said: Float[np.ndarray, "f c"] | None = None,
+    seed: int = 0,
+) -> Naming:
+    """Name the features whose image-level activations are `signal`; see the module text.
+
+    Args:
+        signal: activation of each feature in each image, the largest over its tokens.
+        concepts: what a feature can be called.
+        patients: patient of each image. test: images of test patients.
+        null: the same as `signal` for an untrained twin; it draws the chance lines.
+        decoys: for a second twin; its features are named, too, and counted.
+        said: alignment of each feature with each concept by the text tower, measured on train and val images; nan where
+            there is none.
+        seed: of the bootstrap.
+    """
+    bootstrap = PatientBootstrap.of(patients[test], draws=DRAWS, seed=seed) if test.any() else None
+    fixed = rivals(concepts, ~test)
+    lines = chance_lines(null, concepts, test, fixed)
+    names = _name(signal, concepts, test, fixed, lines, said, bootstrap)
+    fakes = [] if decoys is None else _name(decoys, concepts, test, fixed, lines, None, bootstrap)
+    return Naming(tuple(names), tuple(concepts), lines, len(fakes), sum(fake.name != UNNAMED for fake in fakes))
+
+
+def chance_lines(
+    null: Float[np.ndarray, "n g"],
+    concepts: Sequence[Concept],
+    test: Bool[np.ndarray, " n"],
+    held_fixed: Sequence[Sequence[int]],
+) -> Float[np.ndarray, " c"]:
+    """Step 1: the |z| of each concept that a share `ERROR / len(concepts)` of the twin's live features exceed."""
+    live = _live(null, test)
+    if not live.any() or not concepts:
+        return np.full(len(concepts), stats.norm.isf(ERROR / max(len(concepts), 1) / 2))
+    found = associate(null[:, live], concepts, ~test, held_fixed)
+    # "higher": with few features in the twin, the largest of them
+    return np.quantile(np.abs(found.z), 1 - ERROR / len(concepts), axis=1, method="higher")
+
+
+def _live(signal: np.ndarray, test: np.ndarray) -> np.ndarray:
+    return (signal[~test] > 0).sum(0) >= LEAST_FIRED
+
+
+def _name(signal, concepts, test, fixed, lines, said, bootstrap) -> list[Name]:
+    live = np.flatnonzero(_live(signal, test))
+    if not len(live) or not concepts:
+        return [Name(int(feature)) for feature in live]
+    found = associate(signal[:, live], concepts, ~test, fixed)
+    heard = np.full((len(live), len(concepts)), np.nan) if said is None else said[live]
+    names = [_propose(int(f), i, concepts, found, lines, heard[i]) for i, f in enumerate(live)]
+    proven = [_prove(name, signal[:, name.feature], concepts, test, bootstrap) for name in names]
+    q = np.nan_to_num(benjamini_hochberg(np.array([p for _, p in proven])), nan=1.0)
+    return [_rule(name, float(adjusted)) for (name, _), adjusted in zip(proven, q, strict=True)]
+
+
+def _propose(
+    feature: int,
+    i: int,
+    concepts: Sequence[Concept],
+    found: Association,
+    lines: Float[np.ndarray, " c"],
+    heard: Float[np.ndarray, " c"],
+) -> Name:
+    """Step 2 for the feature in column `i`: only train and val patients are in `found` and `heard`."""
+    strength = np.abs(found.within[:, i])
+    good = (np.abs(found.z[:, i]) > lines) & (strength >= LEAST_AUROC - 0.5)
+    labelled = np.array([c.labelled for c in concepts])
+    spoken = int(np.nanargmax(np.abs(heard))) if np.isfinite(heard).any() else -1
+    nearest = int(np.argmax(np.where(labelled, strength, -1))) if labelled.any() else -1
+    told: dict = {}
+    if spoken >= 0:
+        sign = "" if heard[spoken] > 0 else "not "
+        told |= {"said": f"{sign}{concepts[spoken].name}", "alignment": float(abs(heard[spoken]))}
+    if nearest >= 0:
+        sign = "" if found.within[nearest, i] >= 0 else "not "
+        told |= {"nearest": f"{sign}{concepts[nearest].name}", "nearest_fit": 0.5 + float(strength[nearest])}
+    if (good & labelled).any():
+        chosen, source = int(np.argmax(np.where(good & labelled, strength, -1))), "attribute"
+    elif spoken >= 0 and good[spoken] and found.within[spoken, i] * heard[spoken] > 0:
+        chosen, source = spoken, "text"
+    else:
+        return Name(feature, **told)
+    present = bool(found.within[chosen, i] > 0)
+    rival = int(found.rival[chosen, i])
+    return Name(
+        feature,
+        proposal=concepts[chosen].name if present else f"not {concepts[chosen].name}",
+        concept=chosen,
+        source=source,
+        present=present,
+        fit=0.5 + float(strength[chosen]),
+        rival=concepts[rival].name if rival >= 0 else "",
+        **told,
+    )
+
+
+def _prove(
+    name: Name,
+    signal: Float[np.ndarray, " n"],
+    concepts: Sequence[Concept],
+    test: Bool[np.ndarray, " n"],
+    bootstrap: PatientBootstrap | None,
+) -> tuple[Name, float]:
+    """Step 3 for one proposal: the name with its held-out numbers, and its one-sided p (nan without a proposal)."""
+    if name.proposal is None or bootstrap is None:
+        return name, float("nan")
+    concept = concepts[name.concept]
+    fixed = next((c.values for c in concepts if c.name == name.rival), np.zeros(len(signal)))
+    known = concept.known[test] & np.isfinite(fixed[test])
+    truth = concept.values[test][known] if name.present else 1 - concept.values[test][known]
+    score, strata = signal[test][known].astype(np.float64), fixed[test][known]
+    weights = bootstrap.weights[:, known]
+    plain, draws = auroc_draws(score, truth, np.zeros(len(score)), weights)
+    within, within_draws = auroc_draws(score, truth, strata, weights)
+    error = float(np.nanstd(within_draws)) if np.isfinite(within_draws).any() else float("nan")
+    p = float(stats.norm.sf((within - 0.5) / error)) if error > 0 else float("nan")
+    fires = score > 0
+    numbers: dict = {
+        "auroc": plain,
+        "ci95": percentile_interval(draws),
+        "within": within,
+        "within_ci95": percentile_interval(within_draws),
+        "precision": float(truth[fires].mean()) if fires.any() else float("nan"),
+    }
+    return replace(name, **numbers), p
+
+
+def _rule(name: Name, q: float) -> Name:
+    if name.proposal is None:
+        return name
+    stands = q < FALSE_DISCOVERIES and name.within >= LEAST_AUROC
+    return replace(name, q=q, name=name.proposal if stands else UNNAMED)
