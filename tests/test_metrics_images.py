@@ -29,7 +29,7 @@ def placed(store) -> Placed:
 @pytest.mark.parametrize("split", ["test", None])
 def test_maximum_and_mean_over_tokens(store, placed, split, monkeypatch):
     index = store.index_of(SITE)
-    for pool, reduce in (("max", np.max), ("mean", np.mean)):
+    for pool, reduce in (("max", np.max), ("min", np.min), ("mean", np.mean)):
         acts, images, patients = image_activations(placed, store, split, pool)
         raw = pooled_site(store, SITE, split, pool)
         assert acts.dtype == np.float32 and len(set(images)) == len(images) == len(acts) == len(raw)

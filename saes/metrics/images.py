@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pool", "image_activations", "image_errors", "image_table", "pooled_site"]
 
-Pool = Literal["max", "mean"]
+Pool = Literal["max", "mean", "min"]
 
 CHUNK = 8192
 """Rows that are encoded at once."""
@@ -38,13 +38,13 @@ def image_table(store: ActivationStore, site: str | Site, split: str | None = No
 def image_activations(
     placed: Placed, store: ActivationStore, split: str | None = "test", pool: Pool = "max"
 ) -> tuple[Float[np.ndarray, "image latent"], Shaped[np.ndarray, " image"], Shaped[np.ndarray, " image"]]:
-    """Activation of every latent on every image: the maximum (or the mean) over the image's tokens.
+    """Activation of every latent on every image: the maximum over the image's tokens (or the mean).
 
     Args:
         placed: the dictionary; rows come from the site that it reads.
         store: the activations.
         split: train, val, test; None for all images.
-        pool: how tokens become one number.
+        pool: how tokens become one number (the minimum is for signed activations).
 
     Returns:
         float32 activations `[image, latent]`, the images' names and their patients, in the order of the store.
@@ -58,24 +58,22 @@ def image_activations(
     for start, x in _chunks(store, placed.reads, rows):
         acts = placed.dictionary.encode(x).detach().float()
         if out is None:
-            out = torch.full((width, acts.shape[1]), -torch.inf if pool == "max" else 0.0)
+            out = torch.full((width, acts.shape[1]), _START[pool])
         _pool_into(out, acts, image[start : start + len(x)], pool)
     assert out is not None
-    values = out.numpy() if pool == "max" else out.numpy() / np.bincount(image, minlength=width)[:, None]
-    return values.astype(np.float32), table["image"].to_numpy(str), table["patient"].to_numpy(str)
+    return _finish(out, image, pool), table["image"].to_numpy(str), table["patient"].to_numpy(str)
 
 
 def pooled_site(
     store: ActivationStore, site: str | Site, split: str | None = None, pool: Pool = "mean"
 ) -> Float[np.ndarray, "image d"]:
-    """What the model itself holds of an image at a site: mean (or maximum) over its tokens, for probes."""
+    """What the model itself holds of an image at a site: mean, maximum or minimum over its tokens, for probes."""
     table = image_table(store, site, split)
     rows, image = _rows_of_images(store, site, split)
-    out = torch.full((len(table), store.site(site).d), -torch.inf if pool == "max" else 0.0)
+    out = torch.full((len(table), store.site(site).d), _START[pool])
     for start, x in _chunks(store, site, rows):
         _pool_into(out, x, image[start : start + len(x)], pool)
-    values = out.numpy() if pool == "max" else out.numpy() / np.bincount(image, minlength=len(table))[:, None]
-    return values.astype(np.float32)
+    return _finish(out, image, pool)
 
 
 @torch.no_grad()
@@ -102,6 +100,16 @@ def image_errors(
     return sums[0], sums[1], sums[2]
 
 
+_START = {"max": -torch.inf, "min": torch.inf, "mean": 0.0}
+
+
+def _finish(
+    out: Float[Tensor, "image latent"], image: Int64[np.ndarray, " row"], pool: Pool
+) -> Float[np.ndarray, "image latent"]:
+    values = out.numpy()
+    return values / np.bincount(image)[:, None].astype(np.float32) if pool == "mean" else values
+
+
 def _rows_of_images(
     store: ActivationStore, site: str | Site, split: str | None
 ) -> tuple[Int64[np.ndarray, " row"], Int64[np.ndarray, " row"]]:
@@ -125,6 +133,8 @@ def _pool_into(
     match pool:
         case "max":
             out.scatter_reduce_(0, at[:, None].expand_as(acts), acts, "amax")
+        case "min":
+            out.scatter_reduce_(0, at[:, None].expand_as(acts), acts, "amin")
         case "mean":
             out.index_add_(0, at, acts)
         case _:
