@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--k", type=int, default=16, help="active latents per token (default 16)")
     sub.add_argument("--epochs", type=int, default=None, help="passes over the store")
 
+    _import_command(command)
     sub = command(
         "ablate",
         _ablate,
@@ -106,6 +107,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("verify", _verify, "check every file of an artefact folder against its manifest", "verify out/audit")
     sub.add_argument("folder", type=Path, metavar="DIR")
     return parser
+
+
+def _import_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    sub = command("import", _import, "read somebody's dictionary", "import their_sae --site S --out sae")
+    sub.add_argument("source", type=Path, metavar="FOLDER", help="sae-lens, dictionary_learning or saev; or one file")
+    sub.add_argument("--site", metavar="SITE", required=True, help="hook name of the place it was trained on")
+    sub.add_argument("--layout", metavar="NAME", help="sae_lens, dictionary_learning or saev (default: recognised)")
+    sub.add_argument("--tokens", choices=["all", "patch", "cls", "pooled"], help="what it was trained on, if known")
 
 
 def _models(args: argparse.Namespace) -> None:
@@ -169,6 +178,40 @@ def _train(args: argparse.Namespace) -> None:
     scores = evaluate(placed, store, split="test")
     print(f"dictionary: {out}")
     print(json.dumps(scores, indent=2, default=float))
+
+
+def _import(args: argparse.Namespace) -> None:
+    from saes.dictionary import SparseDictionary
+    from saes.layouts import import_dictionary
+
+    out = _out(args)
+    placed = import_dictionary(args.source, args.site, out, args.layout, tokens=args.tokens)
+    assert isinstance(placed.dictionary, SparseDictionary)
+    about = placed.dictionary.info["imported"]
+    print(f"dictionary: {out} ({placed.dictionary.d_sae} latents, {about['class']} of {about['layout']})")
+    for note in about["notes"]:
+        print(f"note: {note}")
+
+
+def _features(args: argparse.Namespace) -> None:
+    from mechinterp.audit.dictionary import dictionary_of, tokens_of
+    from mechinterp.audit.pipeline import choose_target
+    from mechinterp.audit.sizes import one_size
+    from saes import load_sae
+    from saes.gallery import catalogue
+
+    if args.top < 1:
+        raise UsageError(f"--top {args.top}: at least one feature is needed")
+    out, model = _out(args), _load(args.model)
+    data = one_size(model, _open(args.data, args.seed))
+    target = choose_target(model, data, args.target) if data.targets or args.target else None
+    placed, source = dictionary_of(model, data, args.seed)
+    others = [load_sae(folder) for folder in args.other]
+    made = catalogue(
+        model, data, placed, target, out, args.top, args.seed, tokens=tokens_of(placed), others=others, source=source
+    )
+    print(made.summary())
+    print(f"page: {(out / 'features.html').resolve()}")
 
 
 def _ablate(args: argparse.Namespace) -> None:

@@ -28,6 +28,8 @@ FLOOR = {
     "cli": 7,
 }
 ONLY_IN = {"sae_lens": "saes", "captum": "mechinterp/explain"}
+UNPICKLER = "saes.layouts.convert"
+"""The one file that opens a pickle. Nobody imports it: it is run as a process."""
 SMALL_FILE, SMALL_FUNCTION = 400, 80
 
 
@@ -112,8 +114,11 @@ def test_only_models_registers_hooks():
 def test_no_pickle():
     for path in FILES:
         assert not imports_of(path) & {"pickle", "joblib", "dill", "cloudpickle", "shelve"}, path
-        called = [ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-        assert "torch.load" not in called and "torch.save" not in called, path
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        if name_of(path) == UNPICKLER:  # other people's checkpoints: tensors only, in a process of its own
+            calls = [n for n in calls if "weights_only=True" not in ast.unparse(n)]
+        assert not {"torch.load", "torch.save"} & {ast.unparse(n.func) for n in calls}, path
+        assert UNPICKLER not in imports_of(path), path
 
 
 def test_files_and_functions_hold_one_idea():
