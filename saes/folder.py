@@ -15,7 +15,7 @@ from torch import Tensor
 from mechinterp.errors import StorageError, UsageError
 from mechinterp.storage import load_tensors, read_json, save_tensors, verify_folder, write_json, write_manifest
 from mechinterp.types import Placed, Site
-from saes.dictionary import Activation, JumpReLU, ReLU, SparseDictionary, TopK
+from saes.dictionary import Activation, Gated, JumpReLU, ReLU, SparseDictionary, TopK
 
 __all__ = ["load_sae", "read_dictionary", "read_weights", "save_sae"]
 
@@ -50,7 +50,7 @@ def load_sae(folder: Path | str) -> Placed:
 
 
 def read_dictionary(folder: Path, info: dict[str, Any] | None = None) -> SparseDictionary:
-    """Read cfg.json and sae_weights.safetensors of sae-lens's layout (topk, jumprelu and standard SAEs)."""
+    """Read cfg.json and sae_weights.safetensors: sae-lens's layout, or ours of a TopK transcoder (`saes.transcoder`)."""
     return read_weights(read_json(folder / CFG), load_tensors(folder / WEIGHTS), folder, info)
 
 
@@ -60,13 +60,16 @@ def read_weights(
     """A dictionary from sae-lens's inference configuration and weights; `folder` names them in errors."""
     try:
         weights = {name: tensor.to(torch.float32) for name, tensor in weights.items()}
-        activation = _activation(cfg, folder)
+        activation, transcodes, skips = _architecture(cfg, folder)
+        if isinstance(activation, Gated):
+            weights["b_enc"] = weights["b_gate"]
         if cfg.get("rescale_acts_by_decoder_norm"):
             _fold_decoder_norm(weights)
         d_in, d_sae = weights["W_enc"].shape
-        shapes = {"W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-        if isinstance(activation, JumpReLU):
-            shapes["threshold"] = (d_sae,)
+        d_out = int(cfg["d_out"]) if transcodes else d_in
+        shapes = {"W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,)}
+        extra = {JumpReLU: ("threshold",), Gated: ("r_mag", "b_mag")}.get(type(activation), ())
+        shapes |= dict.fromkeys(extra, (d_sae,)) | ({"W_skip": (d_out, d_in)} if skips else {})
         for name, shape in shapes.items():
             if weights[name].shape != shape:
                 raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, not {shape}")
@@ -76,9 +79,10 @@ def read_weights(
             weights["b_enc"],
             weights["b_dec"],
             activation,
-            weights.get("threshold"),
-            centred=bool(cfg.get("apply_b_dec_to_input", True)),
+            centred=bool(cfg.get("apply_b_dec_to_input", True)) and not transcodes,
             info=info,
+            W_skip=weights["W_skip"].T.contiguous() if skips else None,
+            **{name: weights[name] for name in extra},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(f"is damaged: {error}", where=str(folder), hint="train it again") from error
@@ -92,18 +96,29 @@ def save_sae(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor], info
     write_manifest(folder, {"kind": "dictionary"})
 
 
-def _activation(cfg: dict[str, Any], folder: Path) -> Activation:
-    """The activation function that a sae-lens configuration asks for; StorageError for one that we do not read."""
+def _architecture(cfg: dict[str, Any], folder: Path) -> tuple[Activation, bool, bool]:
+    """Activation function of a configuration, whether it is a transcoder, and whether that has a skip.
+
+    Raises StorageError for one that we do not read.
+    """
     for field, plain in (("normalize_activations", "none"), ("reshape_activations", "none")):
         if cfg.get(field, plain) != plain:
             raise StorageError(f"{field} is {cfg[field]!r}", where=str(folder / CFG), hint="fold it into the weights")
     match cfg["architecture"]:
         case "topk":
-            return TopK(int(cfg["k"]))
+            return TopK(int(cfg["k"])), False, False
         case "jumprelu":
-            return JumpReLU()
+            return JumpReLU(), False, False
         case "standard":
-            return ReLU()
+            return ReLU(), False, False
+        case "gated":
+            return Gated(), False, False
+        case "transcoder" | "skip_transcoder" as name:
+            return ReLU(), True, name != "transcoder"
+        case "jumprelu_transcoder" | "jumprelu_skip_transcoder" as name:
+            return JumpReLU(), True, name != "jumprelu_transcoder"
+        case "topk_transcoder" | "topk_skip_transcoder" as name:
+            return TopK(int(cfg["k"])), True, name != "topk_transcoder"
         case other:
             raise StorageError(f"architecture {other!r} is not read", where=str(folder / CFG), hint="use sae_lens")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from store_fakes import RESID, FakeData, FakeModel, hashes
 
-import saes.train as train_module
+import saes.engine.data as data_module
 from mechinterp.activations import extract
 from mechinterp.errors import MechInterpError, NonFiniteError, StorageError, UsageError
 from mechinterp.storage import write_manifest
@@ -120,7 +120,7 @@ class Stop(Exception):
 
 def stop_at(monkeypatch, step):
     """Make training raise Stop at a global step."""
-    order = train_module._Data.batches
+    order = data_module.TrainingData.batches
 
     def batches(self, start):
         for number, batch in enumerate(order(self, start), start):
@@ -128,7 +128,7 @@ def stop_at(monkeypatch, step):
                 raise Stop
             yield batch
 
-    monkeypatch.setattr(train_module._Data, "batches", batches)
+    monkeypatch.setattr(data_module.TrainingData, "batches", batches)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)

@@ -1,0 +1,1 @@
+"""The training step: encode, choose, decode, gradients and Adam, with sparse products written out."""

@@ -1,0 +1,182 @@
+"""From rows to codes: the dense encoder product, and which of its entries are in play.
+
+The product is made a block of rows at a time, so that it never leaves the cache before its entries are chosen. On a
+CPU `torch.topk` over a whole row costs more than half of the product itself; here
+
+- top k of each row: the maxima of some 2k groups of latents are taken (vectorised), and the k-th largest of them is a
+  lower bound of the k-th largest entry. Few more than k entries reach it, and the exact choice is made among those;
+- top k of the batch: entries above a guess (what the last batch's bound says, lowered) are collected, and the exact
+  bound is found among them. A guess that was too high is lowered and the product made again.
+
+Either way the choice is the one that `torch.topk` makes, up to ties. The guess changes the time, never the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from saes.engine.codes import SparseCodes
+
+__all__ = ["Encoder"]
+
+BLOCK = 1024
+"""Rows of a block on a CPU: large enough for the full speed of the product."""
+
+MARGIN = 0.9
+"""How far below the last batch's bound the guess is."""
+
+
+class Encoder:
+    """`x @ W.T + b` in blocks, with its buffers and the last bound kept between steps."""
+
+    def __init__(self):
+        self._buffer = torch.empty(0, 0)
+        self._guess = -1.0
+
+    def row_topk(
+        self, x: Float[Tensor, "row d"], W: Float[Tensor, "latent d"], b: Float[Tensor, " latent"], k: int
+    ) -> tuple[SparseCodes, Float[Tensor, " code"]]:
+        """The `k` largest entries of each row and their values, those that are positive."""
+        found = [_row_topk(block, k) for _, block in self._blocks(x, W, b)]
+        sizes = torch.tensor([0, *(len(row) for row, _, _ in found[:-1])]).cumsum(0)
+        firsts = torch.arange(len(found)) * self._rows_of_block(x)
+        assert len(sizes) == len(firsts)
+        row = torch.cat([row + first for (row, _, _), first in zip(found, firsts.tolist(), strict=True)])
+        latent, value = torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
+        return SparseCodes(row, latent, len(x), len(W)), value
+
+    def batch_topk(
+        self, x: Float[Tensor, "row d"], W: Float[Tensor, "latent d"], b: Float[Tensor, " latent"], k: int
+    ) -> tuple[SparseCodes, Float[Tensor, " code"]]:
+        """The `k * rows` largest entries of the batch and their values, those that are positive."""
+        wanted, guess = k * len(x), self._guess
+        while True:
+            flat, value, guess = self._above(x, W, b, guess, k)
+            if len(value) >= wanted or guess <= 0:
+                break
+            guess = guess * 0.5 if guess > 1e-3 else 0.0
+        if len(value) > wanted:
+            bound = _kth_largest(value, wanted)
+            keep = value > bound
+            ties = (value == bound).nonzero()[:, 0][: wanted - int(keep.sum())]
+            keep[ties] = True
+            flat, value, self._guess = flat[keep], value[keep], bound * MARGIN
+        else:
+            self._guess = 0.0 if len(value) < wanted else float(value.min()) * MARGIN
+        row, latent = _unravel(flat, len(x), len(W))
+        return SparseCodes(row, latent, len(x), len(W)), value
+
+    def above(
+        self,
+        x: Float[Tensor, "row d"],
+        W: Float[Tensor, "latent d"],
+        b: Float[Tensor, " latent"],
+        bound: Float[Tensor, " latent"],
+        share: float,
+    ) -> tuple[SparseCodes | None, Float[Tensor, " code"] | Float[Tensor, "row latent"]]:
+        """Entries above their latent's bound; the whole dense product, and no codes, if more than `share` of all are."""
+        flats, values, dense, first = [], [], None, 0
+        for first, block in self._blocks(x, W, b):
+            flat = _flatnonzero(block, bound)
+            if len(flat) > share * block.numel():
+                dense = torch.addmm(b, x, W.T)
+                break
+            flats.append(flat + first * len(W))
+            values.append(block.reshape(-1)[flat])
+        if dense is not None:
+            return None, dense
+        row, latent = _unravel(torch.cat(flats), len(x), len(W))
+        return SparseCodes(row, latent, len(x), len(W)), torch.cat(values)
+
+    def _above(
+        self, x: Tensor, W: Tensor, b: Tensor, guess: float, k: int
+    ) -> tuple[Int64[Tensor, " code"], Float[Tensor, " code"], float]:
+        """Flat numbers and values of all entries above the guess, which is made from the first block if there is none."""
+        flats, values = [], []
+        for first, block in self._blocks(x, W, b):
+            if guess < 0:
+                guess = max(0.0, MARGIN * _kth_largest(block.reshape(-1), min(block.numel(), k * len(block))))
+            flat = _flatnonzero(block, guess)
+            flats.append(flat + first * len(W))
+            values.append(block.reshape(-1)[flat])
+        return torch.cat(flats), torch.cat(values), guess
+
+    def _rows_of_block(self, x: Tensor) -> int:
+        return min(len(x), BLOCK if x.device.type == "cpu" else len(x))
+
+    def _blocks(self, x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[int, Float[Tensor, "block latent"]]]:
+        """First row and entries of each block; a block is overwritten by the next."""
+        rows = self._rows_of_block(x)
+        if self._buffer.shape != (rows, len(W)) or self._buffer.device != x.device:
+            self._buffer = torch.empty(rows, len(W), device=x.device)
+        for first in range(0, len(x), rows):
+            part = x[first : first + rows]
+            yield first, torch.addmm(b, part, W.T, out=self._buffer[: len(part)])
+
+
+def _row_topk(block: Float[Tensor, "row latent"], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, latent and value of the positive ones among each row's `k` largest, by row and latent."""
+    rows, width = block.shape
+    groups = 2 * k
+    if block.device.type != "cpu" or width < 4 * groups:
+        latent = block.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+        value = block.gather(1, latent)
+    else:
+        latent, value = _refined(block, k, groups)
+    positive = value > 0
+    row = torch.arange(rows, device=block.device)[:, None].expand(rows, k)
+    return row[positive], latent[positive], value[positive]
+
+
+def _refined(block: Float[Tensor, "row latent"], k: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Latents (increasing) and values of each row's `k` largest, chosen among those that reach a lower bound."""
+    rows, width = block.shape
+    size = width // groups
+    maxima = block[:, : size * groups].view(rows, size, groups).amax(1)
+    bound = maxima.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    flat = _flatnonzero(block, bound, equal=True)
+    starts = torch.searchsorted(flat, torch.arange(rows + 1) * width)
+    counts = starts.diff()
+    if int(counts.min()) < k:
+        raise FloatingPointError("an encoder pre-activation is not a number")
+    place = torch.arange(int(counts.max()))
+    inside = place < counts[:, None]
+    candidate = flat[torch.where(inside, starts[:-1, None] + place, 0)]
+    value = block.reshape(-1)[candidate].masked_fill_(~inside, -torch.inf)
+    chosen = value.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    latent = candidate.gather(1, chosen) - torch.arange(rows)[:, None] * width
+    return latent, value.gather(1, chosen)
+
+
+def _flatnonzero(x: Tensor, bound: Tensor | float | None = None, equal: bool = False) -> Int64[Tensor, " code"]:
+    """Flat numbers of the entries that are set, or that exceed (or reach) a bound."""
+    if x.device.type == "cpu":  # numpy's loops are twice as fast as torch's here
+        entries = x.numpy()
+        if bound is not None:
+            entries = np.greater_equal(entries, _numpy(bound)) if equal else np.greater(entries, _numpy(bound))
+        return torch.from_numpy(np.flatnonzero(entries))
+    if bound is not None:
+        x = x >= bound if equal else x > bound
+    return x.reshape(-1).nonzero()[:, 0]
+
+
+def _numpy(bound: Tensor | float) -> np.ndarray | np.float32:
+    return bound.numpy() if isinstance(bound, Tensor) else np.float32(bound)
+
+
+def _kth_largest(value: Float[Tensor, " code"], k: int) -> float:
+    if value.device.type == "cpu":
+        return float(np.partition(value.numpy(), len(value) - k)[len(value) - k])
+    return float(value.topk(k, sorted=False).values.min())
+
+
+def _unravel(flat: Int64[Tensor, " code"], rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Row and latent of flat numbers in increasing order; without a division for each."""
+    starts = torch.searchsorted(flat, torch.arange(rows + 1, device=flat.device) * width)
+    row = torch.repeat_interleave(torch.arange(rows, device=flat.device), starts.diff())
+    return row, flat - row * width

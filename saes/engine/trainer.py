@@ -1,0 +1,134 @@
+"""A training run in memory: weights, Adam, the schedule, and which latents have not fired for how long.
+
+What sae-lens's SAETrainer does in a step (gradient norm clipped to 1, Adam with betas 0.9 and 0.999, linear warm-up
+and decay of the learning rate), without autograd. It holds no data and writes no file.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saes.config import BatchTopKConfig, MatryoshkaConfig, TrainConfig, TranscoderConfig
+from saes.engine.select import Encoder
+from saes.engine.step import gradients
+from saes.engine.weights import Weights, initial
+
+__all__ = ["Trainer"]
+
+MAX_NORM = 1.0
+
+
+class Trainer:
+    """One dictionary in training.
+
+    Args:
+        config: what to train.
+        d_in: width of the rows that are read.
+        b_dec: where `b_dec` begins, `[d_out]`: the mean of the rows that are written.
+        steps: how many there will be; the schedules depend on it.
+        seed: of the weights.
+        device: where to train.
+        weights: to begin with others than the seed's.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        d_in: int,
+        b_dec: Float[Tensor, " d_out"],
+        steps: int,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        weights: Weights | None = None,
+    ):
+        self.config, self.steps, self.done = config, steps, 0
+        begin = initial(config, d_in, b_dec, seed) if weights is None else weights
+        self.weights = {name: tensor.detach().to(device).contiguous() for name, tensor in begin.items()}
+        self.since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
+        self.threshold = 0.0
+        self._encoder = Encoder()
+        self._adam = torch.optim.Adam(list(self.weights.values()), lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+    @property
+    def dead(self) -> Bool[Tensor, " latent"]:
+        """Latents that have not fired for more than `dead_after` steps."""
+        return self.since_fired > self.config.dead_after
+
+    @torch.no_grad()
+    def step(self, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"] | None = None) -> float:
+        """Train on a batch; returns its loss.
+
+        Raises FloatingPointError, with the weights as they were, when the loss or a gradient is not finite.
+        """
+        if "threshold" in self.weights:
+            self.weights["threshold"].clamp_(min=0.0)
+        y = x if y is None else y
+        found = gradients(self.config, self.weights, x, y, self.dead, self._warm(), self._encoder)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(found.gradients.values()))))
+        if not (math.isfinite(found.loss) and bool(torch.isfinite(norm))):
+            raise FloatingPointError("the loss or a gradient is not finite")
+        for name, weight in self.weights.items():
+            weight.grad = found.gradients[name]
+        self._update(norm)
+        self.since_fired = torch.where(found.fired, 0, self.since_fired + 1)
+        if found.smallest > 0:
+            rate = self._threshold_rate()
+            self.threshold = (1 - rate) * self.threshold + rate * found.smallest
+        self.done += 1
+        return found.loss
+
+    def _update(self, norm: Tensor) -> None:
+        """Adam on gradients whose norm is clipped; the fused kernel does the clipping as it reads them."""
+        self._adam.param_groups[0]["lr"] = self.config.lr * self._rate()
+        self._adam.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0)
+        self._adam.found_inf = None
+        self._adam.step()
+
+    def _rate(self) -> float:
+        """Learning rate of this step beside the peak: up over the first 5 % of the steps, down over the last 20 %."""
+        up, down = self.steps // 20, self.steps // 5
+        rising = (self.done + 1) / up if up > 1 else 1.0
+        falling = (self.steps - self.done) / down if down else 1.0
+        return min(1.0, rising, falling)
+
+    def _warm(self) -> float:
+        """Factor of the sparsity penalty."""
+        up = self.steps // 20
+        return min(1.0, self.done / up) if up > 1 else 1.0
+
+    def _threshold_rate(self) -> float:
+        """The threshold of a batch top-k starts at 0; a short run needs a faster mean to arrive."""
+        return min(0.5, max(0.01, 10 / self.steps))
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether the dictionary will fire by a threshold that the batches taught."""
+        config = self.config
+        return isinstance(config, BatchTopKConfig | MatryoshkaConfig) or (
+            isinstance(config, TranscoderConfig) and config.sparsity == "batchtopk"
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on: tensors, and numbers that JSON keeps exactly."""
+        tensors = {f"weight.{name}": tensor for name, tensor in self.weights.items()}
+        tensors["since_fired"] = self.since_fired
+        for name, weight in self.weights.items():
+            entry = self._adam.state.get(weight, {})
+            tensors |= {f"adam.{name}.{key}": value for key, value in entry.items()}
+        return tensors, {"n_training_steps": self.done, "threshold": self.threshold}
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Go back to a saved state."""
+        for name, weight in self.weights.items():
+            weight.copy_(tensors[f"weight.{name}"])
+            begin = f"adam.{name}."
+            entry = {key.removeprefix(begin): tensors[key] for key in tensors if key.startswith(begin)}
+            if entry:
+                self._adam.state[weight] = {key: value.to(weight.device, copy=True) for key, value in entry.items()}
+        self.since_fired = tensors["since_fired"].to(self.since_fired.device, copy=True)
+        self.done, self.threshold = int(numbers["n_training_steps"]), float(numbers["threshold"])
