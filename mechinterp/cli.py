@@ -80,6 +80,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--epochs", type=int, default=None, help="passes over the store")
 
     _import_command(command)
+    sub = command("features", _features, "catalogue and gallery of named features", "features phantom-clip --out f")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--data", metavar="DATA", help=f"data folder (default: a phantom of {DEFAULT_IMAGES} images)")
+    sub.add_argument("--target", help="what effects are measured on (default: the one the model's card names)")
+    sub.add_argument("--top", type=int, default=40, metavar="N", help="features shown with pictures (default 40)")
+    sub.add_argument(
+        "--other", action="append", default=[], type=Path, metavar="DIR", help="dictionary of another seed; repeatable"
+    )
+
     sub = command(
         "ablate",
         _ablate,

@@ -66,21 +66,24 @@ class Catalogue:
 
     def summary(self) -> str:
         """A few lines to print."""
-        naming = self.naming
-        total = self.observed.strongest.shape[1]
-        by_text = sum(name.source == "text" for name in naming.named)
-        best: dict[str, float] = {}
-        for name in naming.named:
-            best[name.name] = max(best.get(name.name, 0.0), name.auroc)
+        naming, width = self.naming, self.observed.strongest.shape[1]
+        live, named = len(naming.names), naming.named
+        by_text = sum(name.source == "text" for name in named)
         lines = [
-            f"{self.model.label} on {self.data.name}: {len(naming.names)} of {total} features are live at "
-            f"{self.placed.writes}",
-            f"  named on unseen patients   {len(naming.named)} ({by_text} by the text tower alone)",
-            f"  of an untrained dictionary {naming.decoys_named} of {naming.decoys} would be named",
+            f"{self.model.label} on {self.data.name}: {live} of {width} features are live at {self.placed.writes}",
+            f"  named on unseen patients: {len(named)} of {live} ({len(named) / max(live, 1):.1%}), {by_text} of them "
+            "by the text tower alone",
+            f"  of an untrained dictionary: {naming.decoys_named} of {naming.decoys} "
+            f"({naming.decoys_named / max(naming.decoys, 1):.1%})",
         ]
-        for name in sorted(best, key=lambda n: -best[n])[:12]:
-            count = sum(n.name == name for n in naming.named)
-            lines.append(f"  {name:32} {count:4} feature{'s' if count > 1 else ' '}  best AUROC {best[name]:.3f}")
+        for concept in dict.fromkeys(name.name for name in sorted(named, key=lambda n: -n.auroc)):
+            mine = [name for name in named if name.name == concept]
+            best = max(mine, key=lambda n: n.auroc)
+            low, high = best.ci95
+            lines.append(
+                f"  {concept:32} {len(mine):4}   best AUROC {best.auroc:.3f} [{low:.3f}, {high:.3f}], feature "
+                f"{best.feature}"
+            )
         return "\n".join(lines)
 
 

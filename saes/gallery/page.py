@@ -24,6 +24,7 @@ from saes.naming.names import ERROR, FALSE_DISCOVERIES
 
 if TYPE_CHECKING:
     from saes.gallery.build import Catalogue
+    from saes.naming import Naming
 
 __all__ = ["render", "write"]
 
@@ -97,7 +98,9 @@ def _about(made: Catalogue, table: Any) -> dict[str, Any]:
         "by_text": sum(name.source == "text" for name in naming.named),
         "decoys": naming.decoys,
         "decoys_named": naming.decoys_named,
-        "false_discovery_rate": naming.false_discovery_rate,
+        "agreement": _agreement(naming),
+        "concepts_named": len({name.concept for name in naming.named}),
+        "concepts": len(naming.concepts),
         "test_images": int(test.sum()),
         "test_patients": len(set(observed.patients[test])),
         "fit_images": int((~test).sum()),
@@ -116,6 +119,17 @@ def _about(made: Catalogue, table: Any) -> dict[str, Any]:
         "seed": made.seed,
         "command": shlex.join(parts),
     }
+
+
+def _agreement(naming: Naming) -> dict[str, Any] | None:
+    """How often the text tower says the attribute that a feature is named after, beside chance for these words."""
+    spoken = {n.said for n in naming.names}
+    pairs = [(n.name, n.said) for n in naming.named if n.source == "attribute" and n.said and n.name in spoken]
+    if len(pairs) < 10:
+        return None
+    agree = float(np.mean([name == said for name, said in pairs]))
+    chance = float(np.mean([[name == said for _, said in pairs] for name, _ in pairs]))
+    return {"features": len(pairs), "share": agree, "chance": chance}
 
 
 def _concepts(made: Catalogue) -> list[dict[str, Any]]:

@@ -54,6 +54,8 @@ def feature_table(made: Catalogue, places: dict[int, str], overlaps: dict[int, O
                 "text_alignment": name.alignment,
                 "best_attribute": name.nearest or None,
                 "best_attribute_train_auroc": name.nearest_fit,
+                "best_attribute_test_auroc": name.nearest_auroc,
+                "beats_untrained": name.beats,
                 "frequency": float(on.mean()),
                 "mean_when_firing": float(observed.strongest[test, f][on].mean()) if on.any() else np.nan,
                 "push": made.push.mean[f] if made.push else np.nan,

@@ -17,14 +17,20 @@ __all__ = ["Concept", "Phrase", "attribute_concepts", "phrases", "read_concepts"
 
 LEAST = 10  # images with the concept, and without it, that each side of the split needs
 
-VOCABULARY = (
-    *("pneumonia", "infiltration", "consolidation", "airspace opacity", "lung opacity", "atelectasis", "edema"),
-    *("pulmonary edema", "vascular congestion", "effusion", "pleural effusion", "pneumothorax", "cardiomegaly"),
-    *("an enlarged heart", "nodule", "a lung nodule", "lung nodule", "mass", "a lung mass", "emphysema", "fibrosis"),
-    *("pleural thickening", "hernia", "a hiatal hernia", "a rib fracture", "scoliosis", "calcification"),
-    *("drain", "chest drain", "a chest tube", "pacemaker", "a pacemaker", "ecg leads", "central line"),
-    *("a central venous catheter", "an endotracheal tube", "a nasogastric tube", "a prosthetic valve"),
-    *("sternal wires", "surgical clips", "a marker", "a label", "text", "a portable marker", "no finding"),
+VOCABULARY = (  # each line: words for one thing; one of them is asked
+    ("consolidation", "airspace opacity", "lung opacity"),
+    ("pulmonary edema", "edema", "vascular congestion"),
+    ("pleural effusion", "effusion"),
+    ("cardiomegaly", "an enlarged heart"),
+    ("a lung nodule", "lung nodule", "nodule"),
+    ("a lung mass", "mass"),
+    ("a chest drain", "chest drain", "a chest tube"),
+    ("a central line", "central line", "a central venous catheter"),
+    ("a pacemaker", "pacemaker"),
+    *((words,) for words in ("pneumonia", "infiltration", "atelectasis", "pneumothorax", "emphysema", "fibrosis")),
+    *((words,) for words in ("pleural thickening", "a hiatal hernia", "a rib fracture", "scoliosis", "calcification")),
+    *((words,) for words in ("ecg leads", "an endotracheal tube", "a nasogastric tube", "a prosthetic valve")),
+    *((words,) for words in ("sternal wires", "surgical clips", "no finding")),
 )
 _PAIRS = (  # (name, prompt, the prompt it is held against, attribute it says the same as)
     ("ap view", "an ap chest x-ray", "a pa chest x-ray", r"^(view|projection)(=ap)?$"),
@@ -90,20 +96,19 @@ def phrases(model: HookedVLM, data: ImageData) -> list[Phrase]:
     offered = [
         Phrase(_unprompted(target), target, data.target_attribute(name)) for name, target in data.targets.items()
     ]
-    for words in VOCABULARY:
-        target = Target(words, f"a chest x-ray with {words}", f"a chest x-ray without {words}")
-        offered.append(Phrase(words, target, _attribute_of(words, data)))
+    for synonyms in VOCABULARY:
+        asked = [Target(w, f"a chest x-ray with {w}", f"a chest x-ray without {w}") for w in synonyms]
+        made = [Phrase(t.name, t, _attribute_of(synonyms, data)) for t in asked if _readable(model, t)]
+        taken = any(_words(words) == _words(other.name) for words in synonyms for other in offered)
+        offered += [] if taken else made[:1]
     for name, positive, negative, pattern in _PAIRS:
         same = next((a.name for a in data.attributes if re.search(pattern, a.name.lower())), None)
-        offered.append(Phrase(name, Target(name, positive, negative), same))
+        target = Target(name, positive, negative)
+        offered += [Phrase(name, target, same)] if _readable(model, target) else []
     kept: dict[str, Phrase] = {}
-    prompts: set[str] = set()
     for phrase in offered:
-        meaning = phrase.attribute or " ".join(sorted(_words(phrase.name)))
-        if meaning in kept or phrase.target.positive in prompts or not _readable(model, phrase.target):
-            continue
-        kept[meaning] = phrase
-        prompts.add(phrase.target.positive)
+        if _readable(model, phrase.target):
+            kept.setdefault(phrase.attribute or phrase.name, phrase)
     return list(kept.values())
 
 
@@ -134,13 +139,14 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+", text.lower().replace("_", " "))) - _SMALL_WORDS
 
 
-def _attribute_of(words: str, data: ImageData) -> str | None:
-    """The attribute whose words are all in the phrase, or hold all of it: `findings:Edema` in "pulmonary edema"."""
-    mine = _words(words)
+def _attribute_of(synonyms: Sequence[str], data: ImageData) -> str | None:
+    """The attribute whose words are all in a phrase, or hold all of it: "pulmonary edema", `findings:Edema`."""
     for attribute in data.attributes:
         value = attribute.name.removeprefix(f"{attribute.column}:")
         theirs = _words(value)
-        if theirs and "=" not in value and ">" not in value and (theirs <= mine or mine <= theirs):
+        if not theirs or "=" in value or ">" in value:
+            continue
+        if any(theirs <= _words(phrase) or _words(phrase) <= theirs for phrase in synonyms):
             return attribute.name
     return None
 

@@ -10,7 +10,9 @@
    patient-bootstrap intervals. The name stands when the latter is at least `LEAST_AUROC` and the proposals' one-sided p
    (bootstrap standard error), adjusted over all proposals after Benjamini and Hochberg, is below `FALSE_DISCOVERIES`.
    Everything else is unnamed. Test patients can take a name away; they cannot give or change one.
-4. *Decoys.* A second untrained twin goes through 2 and 3. The share of its features that come out named is printed.
+4. *Decoys.* A second untrained twin goes through 2 and 3. The share of its features that come out named is printed:
+   random directions of a good representation do detect what it holds, so their share is not 0, and a dictionary that
+   does not name more than they do has not shown that training it helped.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from mechinterp.metrics.statistics import Interval, PatientBootstrap, benjamini_hochberg, percentile_interval
+from mechinterp.metrics.statistics import Interval, PatientBootstrap, auroc, benjamini_hochberg, percentile_interval
 from saes.naming.association import Association, associate, rivals
 from saes.naming.concepts import Concept
 from saes.naming.proof import auroc_draws
 
-__all__ = ["FALSE_DISCOVERIES", "LEAST_AUROC", "UNNAMED", "Name", "Naming", "chance_lines", "name_features"]
+__all__ = ["FALSE_DISCOVERIES", "LEAST_AUROC", "UNNAMED", "Chance", "Name", "Naming", "chance_of", "name_features"]
 
 UNNAMED = "unnamed"
-LEAST_AUROC = 0.60
+LEAST_AUROC = 0.70
 ERROR = 0.05
 FALSE_DISCOVERIES = 0.05
 LEAST_FIRED = 8  # train and val images in which a feature must fire to be offered a name
@@ -55,7 +57,9 @@ class Name:
         precision: of the test images in which it fires, the share with the concept (without it for "not").
         q: adjusted p of `within` > 0.5.
         said: the phrase that the text tower proposed, with its alignment, whether or not it was used.
-        nearest: the attribute that fits best on train and val patients, also where it was not good enough.
+        nearest: the attribute that fits best on train and val patients, also where it was not good enough, with its
+            AUROC there (within strata) and on test patients (plain).
+        beats: share of the untrained twin's features that follow the proposal (or else the nearest) less closely.
     """
 
     feature: int
@@ -76,6 +80,21 @@ class Name:
     alignment: float = float("nan")
     nearest: str = ""
     nearest_fit: float = float("nan")
+    nearest_auroc: float = float("nan")
+    beats: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What the features of an untrained twin reach: the line of each concept, and |z| of all features, sorted."""
+
+    lines: Float[np.ndarray, " c"]
+    z: Float[np.ndarray, "c g"]
+
+    def beaten(self, concept: int, z: float) -> float:
+        """Share of the twin's features with a smaller |z|; nan for a twin that never fires."""
+        known = self.z[concept]
+        return float(np.searchsorted(known, abs(z)) / len(known)) if len(known) else float("nan")
 
 
 @dataclass(frozen=True)
@@ -85,13 +104,13 @@ class Naming:
     Fields:
         names: one for each live feature, by index.
         concepts: what was on offer.
-        lines: for each concept, the |z| that a name needs on train and val patients.
+        chance: for each concept, the |z| that a name needs on train and val patients.
         decoys, decoys_named: live features of the second untrained twin, and how many of them came out named.
     """
 
     names: tuple[Name, ...]
     concepts: tuple[Concept, ...]
-    lines: Float[np.ndarray, " c"]
+    chance: Chance
     decoys: int = 0
     decoys_named: int = 0
 
@@ -99,13 +118,6 @@ class Naming:
     def named(self) -> tuple[Name, ...]:
         """Those whose name stood."""
         return tuple(name for name in self.names if name.name != UNNAMED)
-
-    @property
-    def false_discovery_rate(self) -> float:
-        """Share of the named features that chance would name, from the decoys; nan without decoys."""
-        if not self.decoys or not self.named:
-            return float("nan")
-        return min(1.0, self.decoys_named / self.decoys * len(self.names) / len(self.named))
 
 
 def name_features(
@@ -132,38 +144,39 @@ def name_features(
     """
     bootstrap = PatientBootstrap.of(patients[test], draws=DRAWS, seed=seed) if test.any() else None
     fixed = rivals(concepts, ~test)
-    lines = chance_lines(null, concepts, test, fixed)
-    names = _name(signal, concepts, test, fixed, lines, said, bootstrap)
-    fakes = [] if decoys is None else _name(decoys, concepts, test, fixed, lines, None, bootstrap)
-    return Naming(tuple(names), tuple(concepts), lines, len(fakes), sum(fake.name != UNNAMED for fake in fakes))
+    chance = chance_of(null, concepts, test, fixed)
+    names = _name(signal, concepts, test, fixed, chance, said, bootstrap)
+    fakes = [] if decoys is None else _name(decoys, concepts, test, fixed, chance, None, bootstrap)
+    return Naming(tuple(names), tuple(concepts), chance, len(fakes), sum(fake.name != UNNAMED for fake in fakes))
 
 
-def chance_lines(
+def chance_of(
     null: Float[np.ndarray, "n g"],
     concepts: Sequence[Concept],
     test: Bool[np.ndarray, " n"],
     held_fixed: Sequence[Sequence[int]],
-) -> Float[np.ndarray, " c"]:
+) -> Chance:
     """Step 1: the |z| of each concept that a share `ERROR / len(concepts)` of the twin's live features exceed."""
     live = _live(null, test)
     if not live.any() or not concepts:
-        return np.full(len(concepts), stats.norm.isf(ERROR / max(len(concepts), 1) / 2))
-    found = associate(null[:, live], concepts, ~test, held_fixed)
+        line = stats.norm.isf(ERROR / max(len(concepts), 1) / 2)
+        return Chance(np.full(len(concepts), line), np.zeros((len(concepts), 0)))
+    z = np.sort(np.abs(associate(null[:, live], concepts, ~test, held_fixed).z), axis=1)
     # "higher": with few features in the twin, the largest of them
-    return np.quantile(np.abs(found.z), 1 - ERROR / len(concepts), axis=1, method="higher")
+    return Chance(np.quantile(z, 1 - ERROR / len(concepts), axis=1, method="higher"), z)
 
 
 def _live(signal: np.ndarray, test: np.ndarray) -> np.ndarray:
     return (signal[~test] > 0).sum(0) >= LEAST_FIRED
 
 
-def _name(signal, concepts, test, fixed, lines, said, bootstrap) -> list[Name]:
+def _name(signal, concepts, test, fixed, chance, said, bootstrap) -> list[Name]:
     live = np.flatnonzero(_live(signal, test))
     if not len(live) or not concepts:
         return [Name(int(feature)) for feature in live]
     found = associate(signal[:, live], concepts, ~test, fixed)
     heard = np.full((len(live), len(concepts)), np.nan) if said is None else said[live]
-    names = [_propose(int(f), i, concepts, found, lines, heard[i]) for i, f in enumerate(live)]
+    names = [_propose(int(f), i, concepts, found, chance, heard[i]) for i, f in enumerate(live)]
     proven = [_prove(name, signal[:, name.feature], concepts, test, bootstrap) for name in names]
     q = np.nan_to_num(benjamini_hochberg(np.array([p for _, p in proven])), nan=1.0)
     return [_rule(name, float(adjusted)) for (name, _), adjusted in zip(proven, q, strict=True)]
@@ -174,12 +187,12 @@ def _propose(
     i: int,
     concepts: Sequence[Concept],
     found: Association,
-    lines: Float[np.ndarray, " c"],
+    chance: Chance,
     heard: Float[np.ndarray, " c"],
 ) -> Name:
     """Step 2 for the feature in column `i`: only train and val patients are in `found` and `heard`."""
     strength = np.abs(found.within[:, i])
-    good = (np.abs(found.z[:, i]) > lines) & (strength >= LEAST_AUROC - 0.5)
+    good = (np.abs(found.z[:, i]) > chance.lines) & (strength >= LEAST_AUROC - 0.5)
     labelled = np.array([c.labelled for c in concepts])
     spoken = int(np.nanargmax(np.abs(heard))) if np.isfinite(heard).any() else -1
     nearest = int(np.argmax(np.where(labelled, strength, -1))) if labelled.any() else -1
@@ -190,6 +203,7 @@ def _propose(
     if nearest >= 0:
         sign = "" if found.within[nearest, i] >= 0 else "not "
         told |= {"nearest": f"{sign}{concepts[nearest].name}", "nearest_fit": 0.5 + float(strength[nearest])}
+        told |= {"beats": chance.beaten(nearest, found.z[nearest, i])}
     if (good & labelled).any():
         chosen, source = int(np.argmax(np.where(good & labelled, strength, -1))), "attribute"
     elif spoken >= 0 and good[spoken] and found.within[spoken, i] * heard[spoken] > 0:
@@ -206,7 +220,7 @@ def _propose(
         present=present,
         fit=0.5 + float(strength[chosen]),
         rival=concepts[rival].name if rival >= 0 else "",
-        **told,
+        **told | {"beats": chance.beaten(chosen, found.z[chosen, i])},
     )
 
 
@@ -218,6 +232,7 @@ def _prove(
     bootstrap: PatientBootstrap | None,
 ) -> tuple[Name, float]:
     """Step 3 for one proposal: the name with its held-out numbers, and its one-sided p (nan without a proposal)."""
+    name = replace(name, nearest_auroc=_plain(name.nearest, signal, concepts, test))
     if name.proposal is None or bootstrap is None:
         return name, float("nan")
     concept = concepts[name.concept]
@@ -239,6 +254,18 @@ def _prove(
         "precision": float(truth[fires].mean()) if fires.any() else float("nan"),
     }
     return replace(name, **numbers), p
+
+
+def _plain(
+    said: str, signal: Float[np.ndarray, " n"], concepts: Sequence[Concept], test: Bool[np.ndarray, " n"]
+) -> float:
+    """Detection AUROC on test patients of a concept (or "not" and a concept)."""
+    concept = next((c for c in concepts if c.name == said.removeprefix("not ")), None)
+    if concept is None:
+        return float("nan")
+    rows = test & concept.known
+    area = auroc(signal[rows], concept.values[rows])
+    return area if concept.name == said else 1 - area
 
 
 def _rule(name: Name, q: float) -> Name:
