@@ -287,7 +287,7 @@ def test_checkpoints_of_the_sae_lens_trainer(kind, tmp_path):
     norm = w["W_dec"].norm(dim=-1)
     f = torch.relu(((0.4 * X - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norm)
     f = f * (f > 0.9)
-    same(placed, (f, ((f / norm) @ w["W_dec"] + w["b_dec"]) / 0.4))
+    same(placed, (f / 0.4, ((f / norm) @ w["W_dec"] + w["b_dec"]) / 0.4))  # in units of the rows as they are
     if kind.startswith("matryoshka"):
         assert placed.dictionary.info["imported"]["group_sizes"] == [5, M - 5]
         assert export_dictionary_learning(tmp_path / "out", tmp_path / "exported") == "MatryoshkaBatchTopKSAE"
@@ -500,7 +500,7 @@ def test_flipped_and_missing_bytes_give_only_our_errors(layout, tmp_path, here):
             write_saev(folder / "sae.pt", schema(5, "BatchTopK", top_k=K), direct())
     rng, refused = np.random.default_rng(0), 0
     files = list(folder.iterdir())
-    for trial in range(32):
+    for trial in range(24):
         path = files[trial % len(files)]
         whole = path.read_bytes()
         near = len(whole) if trial % 3 else min(len(whole), 200)  # headers are where it matters
@@ -515,7 +515,7 @@ def test_flipped_and_missing_bytes_give_only_our_errors(layout, tmp_path, here):
             refused += 1
             assert not (out / "manifest.json").exists()
         path.write_bytes(whole)
-    assert refused >= 8
+    assert refused >= 6
 
 
 def test_a_tensor_that_claims_more_than_its_file_is_refused(tmp_path):

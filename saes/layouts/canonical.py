@@ -131,6 +131,13 @@ class Canonical:
         vectors = self.vectors if self.centred else self._shifted(-(shift @ W_enc))
         return replace(self, weights=Weights(W_enc, w.W_dec * scale, w.b_dec * scale + shift), vectors=vectors)
 
+    def with_unit_rows(self) -> Canonical:
+        """The same reconstruction from activations in units of what each adds: decoder rows of norm 1."""
+        w = self.weights
+        norm = w.W_dec.norm(dim=-1).clamp(min=1e-8)  # sae-lens's floor
+        vectors = {name: v if name == "r_mag" else v * norm for name, v in self.vectors.items()}
+        return replace(self, weights=Weights(w.W_enc * norm, w.W_dec / norm[:, None], w.b_dec), vectors=vectors)
+
     def with_centring(self, centred: bool) -> Canonical:
         """The same function with `b_dec` subtracted before encoding, or not."""
         if centred == self.centred:

@@ -51,6 +51,8 @@ def read_lens(folder: Path) -> tuple[Canonical, list[Path]]:
     files = [folder / CFG, folder / WEIGHTS]
     if (folder / SCALER).is_file():
         found = found.behind(None, 1 / _factor(folder / SCALER))
+        if cfg.get("rescale_acts_by_decoder_norm"):  # by the norm with the factor in it, as sae-lens has it
+            found = found.with_unit_rows()
         files.append(folder / SCALER)
     return found, files
 
