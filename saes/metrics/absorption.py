@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from saes.metrics.alignment import f_score
@@ -107,8 +107,8 @@ class ExactAbsorption:
 def exact_absorption(
     parent_fires: Bool[np.ndarray, " image"],
     child_fires: Bool[np.ndarray, " image"],
-    parent: Num[np.ndarray, " image"],
-    child: Num[np.ndarray, " image"],
+    parent: Shaped[np.ndarray, " image"],
+    child: Shaped[np.ndarray, " image"],
 ) -> ExactAbsorption:
     """Absorption with known truth (the definition of arXiv:2409.14507 with labels in the place of probes).
 
@@ -126,7 +126,7 @@ def exact_absorption(
 
 
 def splitting_rate(
-    fires: Bool[np.ndarray, "image latent"], labels: Num[np.ndarray, "image concept"], k: int = 3, gain: float = 0.03
+    fires: Bool[np.ndarray, "image latent"], labels: Shaped[np.ndarray, "image concept"], k: int = 3, gain: float = 0.03
 ) -> tuple[float, tuple[int, ...]]:
     """Share of the concepts that need several latents, and how many each needs.
 

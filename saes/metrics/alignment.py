@@ -27,14 +27,14 @@ __all__ = [
 
 
 def auroc_table(
-    acts: Float[np.ndarray, "image latent"], labels: Num[np.ndarray, "image concept"]
+    acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, "image concept"]
 ) -> Float[np.ndarray, "latent concept"]:
     """AUROC of every latent for every concept (Mann-Whitney with mid-ranks); images whose label is nan are left out."""
     return _each_concept(auroc_columns, acts, labels)
 
 
 def average_precision_table(
-    acts: Float[np.ndarray, "image latent"], labels: Num[np.ndarray, "image concept"]
+    acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, "image concept"]
 ) -> Float[np.ndarray, "latent concept"]:
     """`average_precision` of every latent for every concept."""
 
@@ -46,7 +46,7 @@ def average_precision_table(
 
 def average_precision(
     scores: Num[np.ndarray, " image"],
-    labels: Num[np.ndarray, " image"],
+    labels: Shaped[np.ndarray, " image"],
     weights: Float[np.ndarray, "draw image"] | None = None,
 ) -> float | Float[np.ndarray, " draw"]:
     """`AP = sum_k (R_k - R_{k-1}) P_k` over distinct thresholds (scikit-learn's definition); nan with no positive.
@@ -79,7 +79,7 @@ def f_beta(
 
 def f_score(
     predicted: Bool[np.ndarray, " image"],
-    labels: Num[np.ndarray, " image"],
+    labels: Shaped[np.ndarray, " image"],
     weights: Float[np.ndarray, "draw image"] | None = None,
     beta: float = 1.0,
 ) -> float | Float[np.ndarray, " draw"]:
@@ -93,7 +93,7 @@ def f_score(
 
 
 def best_thresholds(
-    acts: Float[np.ndarray, "image latent"], labels: Num[np.ndarray, " image"], beta: float = 1.0
+    acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, " image"], beta: float = 1.0
 ) -> tuple[Float[np.ndarray, " latent"], Float[np.ndarray, " latent"]]:
     """The threshold t of every latent at which `z > t` has the highest F_beta, and that F_beta.
 
@@ -130,7 +130,7 @@ class Alignment:
 
 def align(
     acts: Float[np.ndarray, "image latent"],
-    labels: Num[np.ndarray, "image concept"],
+    labels: Shaped[np.ndarray, "image concept"],
     split: Shaped[np.ndarray, " image"],
 ) -> Alignment:
     """The best latent of every concept by training F1, and its held-out AUROC, AP and F1 (`F1*` of arXiv:2408.00113).
@@ -156,7 +156,7 @@ def align(
 
 def sensitivity(
     fires: Bool[np.ndarray, "image latent"],
-    labels: Num[np.ndarray, "image concept"],
+    labels: Shaped[np.ndarray, "image concept"],
     latents: Int64[np.ndarray, " concept"],
 ) -> Float[np.ndarray, " concept"]:
     """Share of new images with the concept on which its latent fires (arXiv:2509.23717); nan without such images.
@@ -186,7 +186,7 @@ class FeatureTests:
 
 def feature_tests(
     acts: Float[np.ndarray, "image latent"],
-    labels: Num[np.ndarray, "image concept"],
+    labels: Shaped[np.ndarray, "image concept"],
     patients: Shaped[np.ndarray, " image"],
     permutations: int = 200,
     seed: int = 0,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Num, Shaped
+from jaxtyping import Float, Shaped
 
 from mechinterp.metrics.statistics import PatientBootstrap, auroc_columns, weighted_auroc
 from saes.metrics.alignment import auroc_table, average_precision, best_thresholds, f_score
@@ -33,7 +33,7 @@ class Measured:
 class Task:
     """What is asked of every set of activations: labels, splits, and draws of the test patients."""
 
-    labels: Num[np.ndarray, "image concept"]
+    labels: Shaped[np.ndarray, "image concept"]
     split: Shaped[np.ndarray, " image"]
     patients: Shaped[np.ndarray, " image"]
     weights: Float[np.ndarray, "draw test_image"]
@@ -41,7 +41,7 @@ class Task:
     @classmethod
     def of(
         cls,
-        labels: Num[np.ndarray, "image concept"],
+        labels: Shaped[np.ndarray, "image concept"],
         split: Shaped[np.ndarray, " image"],
         patients: Shaped[np.ndarray, " image"],
         draws: int,
@@ -55,7 +55,7 @@ class Task:
         """Images of a split whose label is known."""
         return (self.split == name) & np.isfinite(self.labels[:, concept])
 
-    def with_labels(self, labels: Num[np.ndarray, "image concept"]) -> Task:
+    def with_labels(self, labels: Shaped[np.ndarray, "image concept"]) -> Task:
         """The same images and draws with other labels."""
         return Task(np.asarray(labels, np.float64), self.split, self.patients, self.weights)
 

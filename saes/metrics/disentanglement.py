@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Num, Shaped
+from jaxtyping import Float, Shaped
 from scipy.special import xlogy
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def mig(
 
 
 def probe_importance(
-    acts: Float[np.ndarray, "image latent"], labels: Num[np.ndarray, "image concept"], strength: float = 0.1
+    acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, "image concept"], strength: float = 0.1
 ) -> Float[np.ndarray, "latent concept"]:
     """`R_ja = |w_ja|` of an L1 logistic probe of concept a on standardised latents (DCI with a linear probe)."""
     from sklearn.linear_model import LogisticRegression

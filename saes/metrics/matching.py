@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, assert_never
 
 import numpy as np
-from jaxtyping import Bool, Float, Num, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from saes.metrics.alignment import best_thresholds, f_beta, f_score
 
@@ -16,7 +16,7 @@ Thresholds = Literal["zero", "val"]
 
 
 def fbmp(
-    fires: Bool[np.ndarray, "image latent"], labels: Num[np.ndarray, " image"], k: int = 3, beta: float = 0.5
+    fires: Bool[np.ndarray, "image latent"], labels: Shaped[np.ndarray, " image"], k: int = 3, beta: float = 0.5
 ) -> tuple[int, ...]:
     """F-beta matching pursuit: at most `k` latents whose union is the concept (arXiv:2606.24716).
 
@@ -44,7 +44,7 @@ def fbmp(
 
 
 def firing_thresholds(
-    acts: Float[np.ndarray, "image latent"], labels: Num[np.ndarray, " image"], beta: float = 0.5
+    acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, " image"], beta: float = 0.5
 ) -> Float[np.ndarray, " latent"]:
     """The threshold of each latent with the highest F_beta for the concept: `best_thresholds` without the scores."""
     return best_thresholds(acts, labels, beta)[0]
@@ -65,7 +65,7 @@ class Match:
 
 def match(
     acts: Float[np.ndarray, "image latent"],
-    labels: Num[np.ndarray, " image"],
+    labels: Shaped[np.ndarray, " image"],
     split: Shaped[np.ndarray, " image"],
     k: int = 3,
     beta: float = 0.5,
@@ -99,7 +99,7 @@ def match(
 
 def match_score(
     acts: Float[np.ndarray, "image latent"],
-    labels: Num[np.ndarray, "image concept"],
+    labels: Shaped[np.ndarray, "image concept"],
     split: Shaped[np.ndarray, " image"],
     k: int = 3,
     beta: float = 0.5,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64, Num, Shaped
+from jaxtyping import Float, Int64, Shaped
 
 from mechinterp.metrics.statistics import auroc
 
@@ -35,7 +35,7 @@ class LinearProbe:
 
 def linear_probe(
     x: Float[np.ndarray, "image feature"],
-    labels: Num[np.ndarray, " image"],
+    labels: Shaped[np.ndarray, " image"],
     split: Shaped[np.ndarray, " image"],
     strengths: Sequence[float] = STRENGTHS,
 ) -> LinearProbe | None:
@@ -60,7 +60,7 @@ def linear_probe(
 
 
 def rank_by_mean_difference(
-    acts: Float[np.ndarray, "image latent"], labels: Num[np.ndarray, " image"]
+    acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, " image"]
 ) -> Int64[np.ndarray, " latent"]:
     """Latents by falling `|mean(z | y = 1) - mean(z | y = 0)|`, z divided by its mean where it fires.
 
@@ -83,7 +83,7 @@ class SparseProbe:
 
 def k_sparse_probe(
     acts: Float[np.ndarray, "image latent"],
-    labels: Num[np.ndarray, " image"],
+    labels: Shaped[np.ndarray, " image"],
     split: Shaped[np.ndarray, " image"],
     k: int,
 ) -> SparseProbe:

@@ -123,7 +123,7 @@ def stability(first: Float[Tensor, "latent d"], second: Float[Tensor, "other d"]
 class Reappearance:
     """For each latent of each seed, the share of the other seeds that have it (`per_seed[s][latent]`)."""
 
-    per_seed: tuple[Float[Tensor, " latent"], ...]
+    per_seed: tuple[Float[Tensor, " _"], ...]
     threshold: float
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Shaped
 from scipy.special import rel_entr, xlogy
 
 from mechinterp.errors import UsageError
@@ -25,7 +25,7 @@ __all__ = [
 
 def label_shares(
     acts: Float[np.ndarray, "image latent"],
-    labels: Num[np.ndarray, "image label"],
+    labels: Shaped[np.ndarray, "image label"],
     top: int = 100,
     least: int = 10,
 ) -> Float[np.ndarray, "latent label"]:
@@ -47,7 +47,7 @@ def label_shares(
 
 def label_entropy(
     acts: Float[np.ndarray, "image latent"],
-    labels: Num[np.ndarray, "image label"],
+    labels: Shaped[np.ndarray, "image label"],
     top: int = 100,
     least: int = 10,
 ) -> Float[np.ndarray, " latent"]:
@@ -61,7 +61,7 @@ def label_entropy(
 
 def label_divergence(
     acts: Float[np.ndarray, "image latent"],
-    labels: Num[np.ndarray, "image label"],
+    labels: Shaped[np.ndarray, "image label"],
     top: int = 100,
     least: int = 10,
 ) -> Float[np.ndarray, " latent"]:

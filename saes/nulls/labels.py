@@ -24,7 +24,7 @@ def permuted_rows(patients: Shaped[np.ndarray, " image"], seed: int) -> Int64[np
 
 
 def permuted_labels(
-    labels: Num[np.ndarray, "image concept"],
+    labels: Shaped[np.ndarray, "image concept"],
     patients: Shaped[np.ndarray, " image"],
     split: Shaped[np.ndarray, " image"],
     seed: int = 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Num, Shaped
+from jaxtyping import Float, Shaped
 
 from mechinterp.activations import ActivationStore
 from mechinterp.types import Site
@@ -39,7 +39,7 @@ def probe_inputs(store: ActivationStore, site: str | Site) -> Float[np.ndarray, 
 
 def probe_bound(
     x: Float[np.ndarray, "image feature"],
-    labels: Num[np.ndarray, "image concept"],
+    labels: Shaped[np.ndarray, "image concept"],
     split: Shaped[np.ndarray, " image"],
 ) -> ProbeBound:
     """Fit one `linear_probe` a concept: weights on training images, penalty on validation images."""
