@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,14 +15,16 @@ from PIL import Image
 from mechinterp.audit import Settings, audit
 from mechinterp.audit import dictionary as dictionaries
 from mechinterp.audit.ablation import ablation_table
-from mechinterp.audit.candidates import Observed
+from mechinterp.audit.candidates import Candidate, Observed, gap_beside
 from mechinterp.audit.causal import Causal, Harm
 from mechinterp.audit.defaults import default_data
+from mechinterp.audit.evidence import Evidence
 from mechinterp.audit.probe import logistic_scores
 from mechinterp.audit.verdicts import rule, worst
-from mechinterp.data import open_data
+from mechinterp.data import Attribute, open_data
 from mechinterp.errors import DataError, UsageError
 from mechinterp.metrics.contingency import OddsRatio
+from mechinterp.metrics.statistics import PatientBootstrap
 from mechinterp.models import HookedVLM
 from mechinterp.storage import verify_folder
 from mechinterp.types import Placed
@@ -158,8 +162,8 @@ def hurt(gap=0.2, reach=0.05):
     return Harm(0.9, 0.9 - gap, gap, (gap - reach, gap + reach), 0.0, gap, (gap - reach, gap + reach))
 
 
-def verdict(observed, causal, harmed, p=0.001, kind="acquisition", gap_p=0.001, together=0.01):
-    return rule(kind, observed, gap_p, causal, p, together, harmed, Settings()).verdict
+def verdict(observed, causal, harmed, p=0.001, kind="acquisition", gap_p=0.001):
+    return rule(kind, observed, gap_p, causal, p, harmed, Settings()).verdict
 
 
 def test_every_verdict_has_its_reasons():
@@ -172,13 +176,35 @@ def test_every_verdict_has_its_reasons():
     assert verdict(seen(0.0), found(0.1), hurt(), gap_p=0.9) == "PASS"
     assert verdict(seen(0.0), found(0.1, 0.4), hurt(), gap_p=0.9) == "NOT TESTED"  # too wide to say
     assert verdict(seen(0.0), found(), hurt(), p=0.2, gap_p=0.9) == "NOT TESTED"  # large, but as random sets are
-    assert verdict(seen(1.5), found(), hurt(), together=0.4) == "CONCERN"  # random sets do it too; still seen
+    assert verdict(seen(1.5), found(), hurt(), p=0.4) == "CONCERN"  # random sets do it too; still seen
     assert verdict(seen(1.5, cell=3), found(), hurt()) == "NOT TESTED"
     assert verdict(seen(0.0), None, None, gap_p=0.9) == "PASS"
     assert verdict(seen(0.0, 0.5), None, None, gap_p=0.9) == "NOT TESTED"
     assert verdict(seen(0.6), None, None) == "CONCERN"
     assert verdict(seen(float("nan"), cell=0), None, None, gap_p=float("nan")) == "NOT TESTED"
     assert worst([]) == "NOT TESTED" and worst(["PASS", "NOT TESTED"]) == "NOT TESTED"
+
+
+def test_a_gap_that_another_attribute_explains_is_taken_again_beside_it():
+    """hospital goes with the drain, the score follows the drain alone: no gap of the hospital is left beside it."""
+    rng = np.random.default_rng(0)
+    n = 800
+    drain, label = rng.integers(0, 2, (2, n)).astype(float)
+    hospital = np.where(rng.random(n) < 0.75, drain, 1 - drain)
+    score = 1.0 * drain + label + 0.3 * rng.normal(size=n)
+    evidence = Mock(spec=Evidence, test=np.ones(n, bool), labels=label, score=score, sd=1.0)
+    bootstrap = PatientBootstrap.of(np.arange(n).astype(str), draws=500, seed=0)
+    there = [
+        Candidate(Attribute(name, name, "acquisition", values), values)
+        for name, values in (("hospital", hospital), ("drain", drain))
+    ]
+    plain = replace(seen(0.5), score_gap=0.5)
+    left = gap_beside(there[0], there[1], plain, evidence, bootstrap, Settings())
+    assert left.beside == "drain" and left.score_gap_ci95[0] < 0 < left.score_gap_ci95[1] and abs(left.score_gap) < 0.1
+    kept = gap_beside(there[1], there[0], plain, evidence, bootstrap, Settings())
+    assert kept.score_gap > 0.9, "what the score does follow stays"
+    few = Mock(spec=Evidence, test=np.arange(n) < 40, labels=label, score=score, sd=1.0)
+    assert gap_beside(there[0], there[1], plain, few, bootstrap, Settings()) is plain
 
 
 def test_the_probe_is_scikit_learns():

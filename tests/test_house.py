@@ -25,6 +25,7 @@ FLOOR = {
     "saes": 5,
     "graphs": 5,
     "audit": 6,
+    "experiments": 6,
     "cli": 7,
 }
 ONLY_IN = {"sae_lens": "saes", "captum": "mechinterp/explain"}

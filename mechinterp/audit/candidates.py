@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -20,7 +20,7 @@ from mechinterp.metrics.statistics import (
     stratified_mean_difference,
 )
 
-__all__ = ["Candidate", "Observed", "candidates", "observe"]
+__all__ = ["Candidate", "Observed", "candidates", "gap_beside", "observe"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class Observed:
         detectable: AUROC of a linear probe on the embedding, within target strata, on test patients.
         score_gap: score with minus without the attribute, within target strata, on test patients, in sd of the score.
         smallest_cell: images in the smallest of the four cells target x attribute among test patients.
+        beside: another attribute that was held equal as well when the score gap was taken, by name.
     """
 
     present: float
@@ -59,6 +60,7 @@ class Observed:
     score_gap: float
     score_gap_ci95: Interval
     smallest_cell: int
+    beside: str | None = None
 
 
 def candidates(evidence: Evidence, data: ImageData, target: str) -> list[Candidate]:
@@ -91,6 +93,30 @@ def observe(candidate: Candidate, evidence: Evidence, bootstrap: PatientBootstra
         score_gap_ci95=interval,
         smallest_cell=min(cells),
     )
+
+
+def gap_beside(
+    candidate: Candidate,
+    other: Candidate,
+    observed: Observed,
+    evidence: Evidence,
+    bootstrap: PatientBootstrap,
+    settings: Settings,
+) -> Observed:
+    """The score gap of a candidate with another one held equal too: what is left when the other one's share is out.
+
+    `observed` as it is where one of the eight cells target x candidate x other holds fewer than `min_cell` images.
+    """
+    test = (candidate.known & other.known)[evidence.test]
+    value, beside = (c.values[evidence.test][test] for c in (candidate, other))
+    label = evidence.labels[evidence.test][test]
+    cells = np.bincount((4 * label + 2 * value + beside).astype(int), minlength=8)
+    if cells.min() < settings.min_cell:
+        return observed
+    score, strata = evidence.score[evidence.test][test] / evidence.sd, 2 * label + beside
+    gap = float(stratified_mean_difference(score, value, strata)[0])
+    draws = stratified_mean_difference(score, value, strata, bootstrap.weights[:, test])
+    return replace(observed, score_gap=gap, score_gap_ci95=percentile_interval(draws), beside=other.name)
 
 
 def _detectable(candidate: Candidate, evidence: Evidence) -> float:

@@ -10,8 +10,9 @@ What the set does to every image alike is no shortcut and cancels. Positive: the
 
 The null is the same number for matched random sets (same size; each member matched in firing rate and in decoder norm
 x activation). There the effect of a set is the sum of its members' single ablations, for the set on trial and for the
-random ones alike, so that a thousand sets cost nothing; sets under suspicion are compared again with `joint_sets`
-random sets that are removed together, in the model.
+random ones alike, so that a thousand sets cost nothing. Features that stand in for one another do little one by one
+and much together, so a set whose removal moves the score by more than `effect_line` is compared with random sets that
+are removed together, in the model; that comparison then decides.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from mechinterp.types import ImageTextBatch, Placed, Target
 
 __all__ = ["Causal", "Harm", "Trial", "causal_effect", "harm", "joint_p", "stage"]
 
-JOINT_IMAGES = 120  # on which a hundred sets are removed together
+JOINT_IMAGES = 48  # on which some hundred sets are removed together
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,14 +178,14 @@ def joint_p(
     features: Sequence[int],
     values: Float[np.ndarray, " n"],
     activity: Activity,
-    settings: Settings,
+    wanted: int,
     seed: int,
 ) -> float:
-    """p of the effect against matched random sets that are removed together in the model, on the same images."""
+    """p of the effect against `wanted` matched random sets removed together in the model, on the same images."""
     known = np.flatnonzero(np.isfinite(values))
     rows = np.sort(np.random.default_rng(seed).permutation(known)[:JOINT_IMAGES])
     place = {feature: i for i, feature in enumerate(trial.features)}
-    sets = _matched(activity, features, settings.joint_sets, seed + 1, place)
+    sets = _matched(activity, features, wanted, seed + 1, place)
     if not sets:
         return float("nan")
     weights = difference_weights(values[rows], trial.labels[rows])

@@ -20,7 +20,8 @@ class Settings:
         min_cell: images that each of the four cells (target yes/no x attribute yes/no) needs among the test patients.
         draws: patient-bootstrap draws.
         random_sets: matched random feature sets for each candidate.
-        joint_sets: how many more are removed together, in the model, on up to 120 images, for a suspected candidate.
+        joint_sets: the least number that are removed together, in the model, where an effect reaches `effect_line`; as
+            many more as Holm's correction needs to be able to reject.
         max_images: test images on which features are ablated (a seeded choice of patients when there are more).
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mechinterp.audit.candidates import Candidate, Observed, observe
+from mechinterp.audit.candidates import Candidate, Observed, gap_beside, observe
 from mechinterp.audit.causal import Causal, Harm, Trial, causal_effect, harm, joint_p
 from mechinterp.audit.evidence import Evidence
 from mechinterp.audit.features import Selectivity, select
 from mechinterp.audit.settings import Settings
-from mechinterp.audit.verdicts import Ruling, rule
+from mechinterp.audit.verdicts import Ruling, rule, suspicious
 from mechinterp.metrics.statistics import PatientBootstrap, holm
 from mechinterp.progress import progress
 from mechinterp.types import FeatureId
@@ -59,24 +60,43 @@ def try_candidates(
         values = case.candidate.values[trial.position]
         case.causal = causal_effect(trial, case.features, push, values, evidence.activity, settings, seed)
         case.harmed = harm(trial, case.causal, values)
-    causal = holm(np.array([case.causal.p if case.causal else np.nan for case in cases]))
+        if abs(case.causal.effect) >= settings.effect_line:
+            wanted = max(settings.joint_sets, math.ceil(1.25 * len(testable) / settings.alpha))
+            case.together_p = joint_p(trial, case.causal, case.features, values, evidence.activity, wanted, seed)
+    _hold_the_lead_equal(cases, evidence, bootstrap, settings)
+    causal = holm(np.array([_causal_p(case) for case in cases]))
     gaps = holm(np.array([_gap_p(case.observed, settings) for case in cases]))
     for case, adjusted, gap in zip(cases, causal, gaps, strict=True):
         assert case.observed is not None, "observed above"
         case.adjusted_p, case.gap_p = float(adjusted), float(gap)
-        if case.causal and adjusted < settings.alpha and abs(case.causal.effect) >= settings.effect_line:
-            values = case.candidate.values[trial.position]
-            case.together_p = joint_p(trial, case.causal, case.features, values, evidence.activity, settings, seed)
-        case.ruling = rule(
-            case.candidate.attribute.kind,
-            case.observed,
-            case.gap_p,
-            case.causal,
-            case.adjusted_p,
-            case.together_p,
-            case.harmed,
-            settings,
-        )
+        kind = case.candidate.attribute.kind
+        case.ruling = rule(kind, case.observed, case.gap_p, case.causal, case.adjusted_p, case.harmed, settings)
+
+
+def _causal_p(case: Case) -> float:
+    """p of the effect: against sets removed together where that was computed, else against sums of single effects."""
+    if case.causal is None:
+        return float("nan")
+    return case.causal.p if math.isnan(case.together_p) else case.together_p
+
+
+def _hold_the_lead_equal(
+    cases: list[Case], evidence: Evidence, bootstrap: PatientBootstrap, settings: Settings
+) -> None:
+    """Take the score gaps that matter again with the attribute of the largest gap held equal.
+
+    What goes with the attribute that the model follows, and is not followed itself, then shows no gap.
+    """
+    gaps = holm(np.array([_gap_p(case.observed, settings) for case in cases]))
+    seen = [
+        (c, c.observed) for c, p in zip(cases, gaps, strict=True) if c.observed and suspicious(c.observed, p, settings)
+    ]
+    if not seen:
+        return
+    lead, _ = max(seen, key=lambda pair: abs(pair[1].score_gap))
+    for case, observed in seen:
+        if case.candidate.attribute.column != lead.candidate.attribute.column:
+            case.observed = gap_beside(case.candidate, lead.candidate, observed, evidence, bootstrap, settings)
 
 
 def _gap_p(observed: Observed | None, settings: Settings) -> float:
@@ -106,11 +126,12 @@ def shortcut_row(case: Case, trial: Trial) -> dict[str, Any]:
         "association_ci95": list(seen.association.ci95),
         "observed_score_gap": seen.score_gap,
         "observed_ci95": list(seen.score_gap_ci95),
+        "observed_beside": seen.beside,
         "smallest_cell": seen.smallest_cell,
         "used_share": float(mine / total) if total > 0 else None,
         "causal_effect": causal and causal.effect,
         "causal_ci95": list(causal.ci95) if causal else [None, None],
-        "causal_p": causal and causal.p,
+        "causal_p": causal and _causal_p(case),
         "causal_p_holm": case.adjusted_p,
         "causal_p_joint": case.together_p,
         "effect_with_attribute": causal and causal.effect_with,

@@ -48,22 +48,22 @@ def rule(
     gap_p: float,
     causal: Causal | None,
     adjusted_p: float,
-    removed_together_p: float,
     harmed: Harm | None,
     settings: Settings,
 ) -> Ruling:
     """The verdict of one attribute.
 
-    FAIL: its features move the score (Holm-adjusted p below alpha, interval without 0, effect at least `effect_line`,
-    and beyond random sets removed together), they account for at least `ACCOUNTED` of the score gap that is seen at the
-    same label, and AUROC is at least `harm_line` lower where the attribute contradicts the label (interval without 0).
+    FAIL: its features move the score (beyond matched random sets, Holm-adjusted p below alpha; interval without 0;
+    effect at least `effect_line`), they account for at least `ACCOUNTED` of the score gap that is seen at the same
+    label, and AUROC is at least `harm_line` lower where the attribute contradicts the label (interval without 0).
     CONCERN: they move it without proof of harm; or the score follows the attribute at the same truth by no feature
     that we found. A finding that goes with the target can be a medical reason, so it is never FAIL.
     PASS: the interval of the effect lies within the line, and the score does not follow the attribute.
     NOT TESTED: everything else, with what was missing.
     """
     line = settings.effect_line
-    seen = f"the score differs by {_sd(observed.score_gap, observed.score_gap_ci95)} at the same label"
+    equal = f" and the same {observed.beside}" if observed.beside else ""
+    seen = f"the score differs by {_sd(observed.score_gap, observed.score_gap_ci95)} at the same label{equal}"
     if observed.smallest_cell < settings.min_cell:
         return Ruling(
             "NOT TESTED",
@@ -74,7 +74,7 @@ def rule(
         return _without_features(observed, gap_p, seen, settings)
     proof = f"removing its features changes the score by {_sd(causal.effect, causal.ci95)}"
     against = f"matched random sets: p = {_p(adjusted_p)} after Holm"
-    moves = adjusted_p < settings.alpha and not _holds_zero(causal.ci95) and not removed_together_p >= settings.alpha
+    moves = adjusted_p < settings.alpha and not _holds_zero(causal.ci95)
     if moves and abs(causal.effect) >= line:
         assert harmed is not None, "harm is computed wherever an effect is"
         costs = (
