@@ -29,7 +29,7 @@ def phantom_card(name: str, facts: dict) -> str:
     do = [line(f"do({r['factor']})", f"{r['effect_sd']:+.3f}", interval(r)) for r in facts["do"]]
     return "\n".join(
         [
-            "---\nlicense: apache-2.0\ntags: [clip, synthetic, research-only]\n---",
+            f"---\nlicense: apache-2.0\ntags: [{kind.lower()}, synthetic, research-only]\n---",
             f"# {name}\n",
             f"A small {kind} ({facts['parameters']} parameters), trained on {facts['images']} synthetic radiographs. "
             f"{what} Not for use on people.\n",
