@@ -127,8 +127,8 @@ class JumpReLUConfig(_Run):
         threshold: every latent's threshold at the start.
     """
 
-    l0_coefficient: float = 1.0
-    target_l0: float | None = None
+    l0_coefficient: float | int = 1.0
+    target_l0: float | int | None = None
     bandwidth: float = 0.05
     threshold: float = 0.01
 
@@ -156,7 +156,7 @@ class GatedConfig(_Run):
         l1_coefficient: weight of the sparsity penalty beside a squared error of rows whose mean norm is sqrt(d).
     """
 
-    l1_coefficient: float = 1.0
+    l1_coefficient: float | int = 1.0
 
     kind = "gated"
 

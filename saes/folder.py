@@ -50,7 +50,7 @@ def load_sae(folder: Path | str) -> Placed:
 
 
 def read_dictionary(folder: Path, info: dict[str, Any] | None = None) -> SparseDictionary:
-    """Read cfg.json and sae_weights.safetensors: sae-lens's layout, or ours of a TopK transcoder (`saes.transcoder`)."""
+    """Read cfg.json and sae_weights.safetensors: sae-lens's layout, and ours of a TopK transcoder (saes.transcoder)."""
     return read_weights(read_json(folder / CFG), load_tensors(folder / WEIGHTS), folder, info)
 
 

@@ -31,9 +31,9 @@ from saes.engine.trainer import Trainer
 from saes.folder import CFG, INFO, WEIGHTS, load_sae, read_weights, save_sae
 from saes.metrics import evaluate
 from saes.null import untrained
-from saes.transcoder import evaluate_transcoder
+from saes.tokens import rows_for
 
-__all__ = ["train_sae", "train_transcoder"]
+__all__ = ["Run", "train_sae", "train_together", "train_transcoder"]
 
 
 def train_sae(
@@ -64,7 +64,7 @@ def train_sae(
         StorageError: `out` holds something else, or cannot be written.
     """
     run = Run(store, site, site, config, Path(out), seed, tokens, device)
-    _together([run])
+    train_together([run])
     return load_sae(run.folder)
 
 
@@ -80,10 +80,10 @@ def train_transcoder(
 ) -> Placed:
     """Train a transcoder from one site of a store to another; arguments and errors as in `train_sae`.
 
-    For an MLP, read `...blocks.L.ln2.hook_normalized` (or what else the MLP reads) and write `...blocks.L.hook_mlp_out`.
+    For an MLP, read `...blocks.L.ln2.hook_normalized` and write `...blocks.L.hook_mlp_out`.
     """
     run = Run(store, reads, writes, config, Path(out), seed, tokens, device)
-    _together([run])
+    train_together([run])
     return load_sae(run.folder)
 
 
@@ -106,8 +106,7 @@ class Run:
         self.tokens = tokens or store.request.tokens
         transcodes = isinstance(config, TranscoderConfig)
         where = {"reads": str(self.reads), "writes": str(self.writes)} if transcodes else {"site": str(self.reads)}
-        self.asked = {**where, "config": config.to_dict(), "seed": seed, "store": store.sha256}
-        self.asked |= {"tokens": tokens} if tokens else {}
+        self.asked = {**where, "config": config.to_dict(), "seed": seed, "store": store.sha256, "tokens": self.tokens}
         self.data: TrainingData
         self.trainer: Trainer
 
@@ -164,31 +163,30 @@ class Run:
         cfg["metadata"] |= {"hook_name": str(self.reads), "model_name": self.store.request.model["family"]}
         if data.transcodes:
             cfg["metadata"]["hook_name_out"] = str(self.writes)
-        placed = Placed(read_weights(cfg, weights, self.folder), self.reads, self.writes)
+        placed = Placed(read_weights(cfg, weights, self.folder, {"token_kinds": data.kinds}), self.reads, self.writes)
         save_sae(self.folder, cfg, weights, {**self.asked, **self._about(placed)})
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
     def _about(self, placed: Placed) -> dict[str, Any]:
         """What mechinterp.json says beside the request: where it stands, how good it is, how good chance is."""
         data, store = self.data, self.store
-        split = next(split for split in ("val", "test", "train") if len(store.rows(self.reads, split)))
-        score = evaluate_transcoder if data.transcodes else evaluate
-        scores = score(placed, store, split)
+        split = next(split for split in ("val", "test", "train") if len(rows_for(placed, store, split)))
+        scores = evaluate(placed, store, split)
         k = None if hasattr(self.config, "k") else max(1, min(round(scores.l0), self.config.width))
         null = untrained(self.config, data.source.d, self.seed, data.mean, k=k, mean_out=data.mean_out)
+        null.info["token_kinds"] = data.kinds
         twin = replace(placed, dictionary=null)
         return {
             "kind": "transcoder" if data.transcodes else "sae",
             "reads": str(self.reads),
             "writes": str(self.writes),
-            "tokens": self.tokens,
             "token_kinds": data.kinds,
             "model": store.request.model,
             "data": store.request.data,
             "steps": data.steps,
             "scale": data.scale,
             "metrics": scores.to_dict(),
-            "metrics_untrained": score(twin, store, split).to_dict(),
+            "metrics_untrained": evaluate(twin, store, split).to_dict(),
             "sae_lens": layout_version(),
         }
 
@@ -206,7 +204,7 @@ def _check_folder(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _together(runs: Sequence[Run]) -> None:
+def train_together(runs: Sequence[Run]) -> None:
     """Bring runs that see the same batches to their ends in one pass over the data; finished ones are left alone."""
     runs = [run for run in runs if not run.finished]
     for run in runs:

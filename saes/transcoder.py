@@ -1,4 +1,4 @@
-"""Transcoders: how good one is, and its export to what sae-lens can load.
+"""Transcoders: the file of those that sae-lens has no class for, and their export to one that it has.
 
 sae-lens loads ReLU and JumpReLU transcoders (`transcoder`, `jumprelu_transcoder`, each with a `skip_` form) and trains
 none. A transcoder with batch top-k sparsity is written as `jumprelu_transcoder` or `jumprelu_skip_transcoder` and can
@@ -24,39 +24,9 @@ from mechinterp.storage import read_json
 from mechinterp.types import Placed
 from saes.dictionary import JumpReLU, SparseDictionary, TopK
 from saes.folder import CFG, load_sae, read_weights, save_sae
-from saes.metrics import Evaluation
+from saes.metrics import evaluate
 
-__all__ = ["evaluate_transcoder", "export_transcoder"]
-
-
-@torch.no_grad()
-def evaluate_transcoder(placed: Placed, store: ActivationStore, split: str = "val") -> Evaluation:
-    """R2 of what is written given what is read, L0, dead latents and frequencies over all rows of a split.
-
-    `R2 = 1 - sum_n ||y_n - f(x_n)||^2 / sum_n ||y_n - mean(y)||^2`, the mean per dimension over the rows; in float64.
-    """
-    dictionary = placed.dictionary
-    assert isinstance(dictionary, SparseDictionary)
-    source, target, rows = store.site(placed.reads), store.site(placed.writes), store.rows(placed.reads, split)
-    if len(rows) == 0:
-        raise UsageError(f"has no row in split {split!r}", where=str(store.folder))
-    mean = sum(chunk.double().sum(0) for chunk in target.chunks(rows)) / len(rows)
-    error = spread = 0.0
-    fired = torch.zeros(dictionary.d_sae, dtype=torch.float64)
-    for x, y in zip(source.chunks(rows), target.chunks(rows), strict=True):
-        acts = dictionary.encode(x)
-        written = dictionary.decode(acts) + (0.0 if dictionary.W_skip is None else x @ dictionary.W_skip)
-        error += (y - written).double().square().sum().item()
-        spread += (y.double() - mean).square().sum().item()
-        fired += (acts > 0).double().sum(0)
-    return Evaluation(
-        split=split,
-        rows=len(rows),
-        r2=1 - error / spread if spread > 0 else float("nan"),
-        l0=fired.sum().item() / len(rows),
-        dead=(fired == 0).double().mean().item(),
-        frequency=fired / len(rows),
-    )
+__all__ = ["export_transcoder"]
 
 
 @torch.no_grad()
@@ -86,7 +56,7 @@ def export_transcoder(folder: Path | str, out: Path | str, store: ActivationStor
     assert isinstance(exported.activation, JumpReLU)
     info: dict[str, Any] = {name: value for name, value in dictionary.info.items() if name != "schema_version"}
     split = info["metrics"]["split"]
-    again = evaluate_transcoder(Placed(exported, placed.reads, placed.writes), store, split).to_dict()
+    again = evaluate(Placed(exported, placed.reads, placed.writes), store, split).to_dict()
     save_sae(out, cfg, weights, {**info, "metrics": again, "metrics_topk": info["metrics"]})
     return load_sae(out)
 

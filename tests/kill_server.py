@@ -2,7 +2,8 @@
 
     python tests/kill_server.py FOLDER KILLS SEED
 
-One process pays for the imports once; every run is a fork of it. One thread, so that forking is safe.
+`KILLS` of training runs, spread over every kind of dictionary, and two thirds as many of an extraction. One process
+pays for the imports once; every run is a fork of it. One thread, so that forking is safe.
 """
 
 import json
@@ -17,24 +18,43 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import sae_lens
 import torch
 from store_fakes import RESID, FakeData, FakeModel, hashes
 
 import mechinterp.activations.layout as layout
 from mechinterp.activations import ActivationStore, extract
-from saes import BatchTopKConfig, train_sae
 from saes.checkpoint import CHECKPOINT, read_state
+from saes.config import (
+    BatchTopKConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    MatryoshkaConfig,
+    TopKConfig,
+    TranscoderConfig,
+)
+from saes.train import train_sae, train_transcoder
+
+SHORT = {"width": 64, "epochs": 5, "batch_size": 128, "checkpoint_every": 17, "dead_after": 20}
+KINDS = [
+    TopKConfig(k=4, **SHORT),
+    BatchTopKConfig(k=4, **SHORT),
+    MatryoshkaConfig(k=4, **SHORT),
+    JumpReLUConfig(target_l0=4, **SHORT),
+    GatedConfig(**SHORT),
+    TranscoderConfig(k=4, skip=True, sparsity="batchtopk", **SHORT),
+]
 
 
 def extraction(out: Path) -> None:
     extract(FakeModel(delay=0.005), FakeData(300), [RESID[0], RESID[2]], out, tokens="all", batch_size=5)
 
 
-def training(out: Path) -> None:
+def training(config, out: Path) -> None:
     store = ActivationStore(out.parent / "store")
-    config = BatchTopKConfig(k=4, width=64, epochs=7, batch_size=128, checkpoint_every=17, dead_after=20)
-    train_sae(store, RESID[2], config, out)
+    if isinstance(config, TranscoderConfig):
+        train_transcoder(store, RESID[0], RESID[2], config, out)
+    else:
+        train_sae(store, RESID[2], config, out)
 
 
 def forked(job, out: Path) -> int:
@@ -74,22 +94,27 @@ def moment(chance: random.Random, seconds: float) -> float:
     return chance.uniform(0.02, 0.95) * seconds
 
 
+def trials(job, out: Path, kills: int, chance: random.Random) -> dict:
+    """A whole run, then `kills` interrupted ones."""
+    start = time.perf_counter()
+    assert ended(forked(job, out)) == 0
+    seconds, whole = time.perf_counter() - start, hashes(out)
+    return {
+        "seconds": seconds,
+        "files": sorted(whole),
+        "trials": [trial(job, out.parent, whole, partial(moment, chance, seconds)) for _ in range(kills)],
+    }
+
+
 def main() -> None:
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    assert sae_lens  # imported once, here
     layout.SHARD_BYTES = 2**15
-    chance, report = random.Random(seed), {}
-    for job, out in ((extraction, folder / "store"), (training, folder / "sae")):
-        start = time.perf_counter()
-        assert ended(forked(job, out)) == 0
-        seconds = time.perf_counter() - start
-        whole = hashes(out)
-        report[job.__name__] = {
-            "seconds": seconds,
-            "files": sorted(whole),
-            "trials": [trial(job, folder, whole, partial(moment, chance, seconds)) for _ in range(kills)],
-        }
+    chance = random.Random(seed)
+    report = {"extraction": trials(extraction, folder / "store", kills * 2 // 3, chance)}
+    for number, config in enumerate(KINDS):
+        share = kills // len(KINDS) + (number < kills % len(KINDS))
+        report[config.kind] = trials(partial(training, config), folder / config.kind, share, chance)
     print(json.dumps(report))
 
 

@@ -1,11 +1,11 @@
-"""kill -9 at 20 random moments of extraction and training, then resume: the bytes of an uninterrupted run."""
+"""kill -9 at random moments of extraction and of training every kind, then resume: the bytes of a whole run."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-KILLS = 10  # of each
+KILLS = 12  # of training, two of each kind; and 8 of extraction
 
 
 def test_killed_runs_resume_to_identical_bytes(tmp_path):
@@ -15,12 +15,14 @@ def test_killed_runs_resume_to_identical_bytes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report) == {"extraction", "topk", "batchtopk", "matryoshka", "jumprelu", "gated", "transcoder"}
     assert sum(name.endswith(".safetensors") for name in report["extraction"]["files"]) >= 20
     assert not [name for job in report.values() for name in job["files"] if name.endswith(".partial")]
     for job in report.values():
-        assert len(job["trials"]) == KILLS
         assert all(trial["resumed"] == 0 and trial["same"] for trial in job["trials"]), (job, done.stderr)
         assert all(trial["killed"] for trial in job["trials"])
     # the kills must land in different states of the folder to mean anything
-    assert len({trial["left"] for trial in report["extraction"]["trials"]}) >= 3
-    assert len({trial["step"] for trial in report["training"]["trials"]}) >= 3
+    extraction = report.pop("extraction")
+    assert len(extraction["trials"]) == 8 and len({trial["left"] for trial in extraction["trials"]}) >= 3
+    training = [trial for job in report.values() for trial in job["trials"]]
+    assert len(training) == KILLS and len({trial["step"] for trial in training}) >= 3

@@ -1,4 +1,4 @@
-"""The auxiliary loss that brings back latents which no longer fire (Gao et al. 2024, arXiv:2406.04093, appendix A.2)."""
+"""The auxiliary loss that brings back latents which no longer fire (Gao et al. 2024, arXiv:2406.04093, A.2)."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Encoder:
         bound: Float[Tensor, " latent"],
         share: float,
     ) -> tuple[SparseCodes | None, Float[Tensor, " code"] | Float[Tensor, "row latent"]]:
-        """Entries above their latent's bound; the whole dense product, and no codes, if more than `share` of all are."""
+        """Entries above their latent's bound; if more than `share` of all are, the dense product and no codes."""
         flats, values, dense, first = [], [], None, 0
         for first, block in self._blocks(x, W, b):
             flat = _flatnonzero(block, bound)
@@ -96,7 +96,7 @@ class Encoder:
     def _above(
         self, x: Tensor, W: Tensor, b: Tensor, guess: float, k: int
     ) -> tuple[Int64[Tensor, " code"], Float[Tensor, " code"], float]:
-        """Flat numbers and values of all entries above the guess, which is made from the first block if there is none."""
+        """Flat numbers and values of all entries above the guess; the first block makes one if there is none."""
         flats, values = [], []
         for first, block in self._blocks(x, W, b):
             if guess < 0:

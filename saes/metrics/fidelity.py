@@ -13,6 +13,7 @@ from torch import Tensor
 from mechinterp.activations import ActivationStore
 from mechinterp.errors import UsageError
 from mechinterp.types import Placed
+from saes.tokens import rows_for
 
 __all__ = [
     "Evaluation",
@@ -150,12 +151,14 @@ def evaluate(placed: Placed, store: ActivationStore, split: str = "val") -> Eval
 
     Of a transcoder, R2 is that of what it writes: `x_hat` is made from the site it reads.
 
+    Rows are those of the token kinds that the dictionary was trained on.
+
     Raises UsageError when the two sites of a transcoder do not have the same rows, or the split is empty.
     """
     source, target = store.site(placed.reads), store.site(placed.writes)
     if placed.reads != placed.writes and not store.index_of(placed.reads).equals(store.index_of(placed.writes)):
         raise UsageError("has other rows than the site it reads", where=str(placed.writes), hint="extract both alike")
-    rows = store.rows(placed.reads, split)
+    rows = rows_for(placed, store, split)
     if len(rows) == 0:
         raise UsageError(f"has no row in split {split!r}", where=str(store.folder))
     mean = sum(chunk.double().sum(0) for chunk in target.chunks(rows)) / len(rows)
