@@ -14,6 +14,7 @@ from saes.nulls.labels import permuted_rows
 __all__ = [
     "Alignment",
     "FeatureTests",
+    "Sorted",
     "align",
     "auroc_table",
     "average_precision",
@@ -22,6 +23,7 @@ __all__ = [
     "f_beta",
     "f_score",
     "feature_tests",
+    "known_groups",
     "sensitivity",
 ]
 
@@ -30,18 +32,21 @@ def auroc_table(
     acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, "image concept"]
 ) -> Float[np.ndarray, "latent concept"]:
     """AUROC of every latent for every concept (Mann-Whitney with mid-ranks); images whose label is nan are left out."""
-    return _each_concept(auroc_columns, acts, labels)
+    out = np.full((acts.shape[1], labels.shape[1]), np.nan)
+    for concepts, known in known_groups(labels):
+        out[:, concepts] = _aurocs(_centred_ranks(acts[known]), labels[known][:, concepts] > 0.5)
+    return out
 
 
 def average_precision_table(
     acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, "image concept"]
 ) -> Float[np.ndarray, "latent concept"]:
-    """`average_precision` of every latent for every concept."""
-
-    def columns(values: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.array([average_precision(z, y) for z in values.T])
-
-    return _each_concept(columns, acts, labels)
+    """`average_precision` of every latent for every concept; images whose label is nan are left out."""
+    out = np.full((acts.shape[1], labels.shape[1]), np.nan)
+    for concepts, known in known_groups(labels):
+        for a in concepts:
+            out[:, a] = [average_precision(z, labels[known, a]) for z in acts[known].T]
+    return out
 
 
 def average_precision(
@@ -92,6 +97,38 @@ def f_score(
     return float(found[0]) if weights is None else found
 
 
+@dataclass(frozen=True)
+class Sorted:
+    """Activations in falling order, column by column: sorted once, asked about many concepts."""
+
+    order: Int64[np.ndarray, "image latent"]
+    at: Float[np.ndarray, "image latent"]
+    between: Float[np.ndarray, "image latent"]
+    allowed: Bool[np.ndarray, "image latent"]
+
+    @classmethod
+    def of(cls, acts: Float[np.ndarray, "image latent"]) -> Sorted:
+        """Sort; a threshold may stand below an activation that is above 0 and above the next one."""
+        order = np.argsort(-acts, axis=0, kind="stable")
+        at = np.take_along_axis(acts, order, 0)
+        below = np.maximum(np.vstack([at[1:], np.zeros((1, acts.shape[1]), at.dtype)]), 0)
+        return cls(order, at, (at.astype(np.float64) + below) / 2, (at > below) & (at > 0))
+
+    def best(
+        self, labels: Shaped[np.ndarray, " image"], beta: float = 1.0
+    ) -> tuple[Float[np.ndarray, " latent"], Float[np.ndarray, " latent"]]:
+        """See `best_thresholds`."""
+        y, columns = np.asarray(labels) > 0.5, np.arange(self.at.shape[1])
+        if not y.any():
+            return np.full(len(columns), np.inf), np.full(len(columns), np.nan)
+        hits = np.cumsum(y[self.order], axis=0, dtype=np.int32)
+        f = (1 + beta**2) * hits / (beta**2 * y.sum() + np.arange(1.0, len(y) + 1)[:, None])
+        f[~self.allowed] = -1.0
+        best = f.argmax(0)
+        found = f[best, columns]
+        return np.where(found >= 0, self.between[best, columns], np.inf), np.maximum(found, 0.0)
+
+
 def best_thresholds(
     acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, " image"], beta: float = 1.0
 ) -> tuple[Float[np.ndarray, " latent"], Float[np.ndarray, " latent"]]:
@@ -100,21 +137,7 @@ def best_thresholds(
     t lies half-way between two neighbouring activations, and is at least 0 (a latent that does not fire says no).
     Ties go to the higher threshold. Without a positive label F is nan and t is infinite.
     """
-    acts = np.asarray(acts, np.float64)
-    y = np.asarray(labels) > 0.5
-    if not y.any():
-        return np.full(acts.shape[1], np.inf), np.full(acts.shape[1], np.nan)
-    order = np.argsort(-acts, axis=0, kind="stable")
-    ordered = np.take_along_axis(acts, order, 0)
-    hits = np.cumsum(y[order], axis=0)
-    below = np.vstack([ordered[1:], np.zeros((1, acts.shape[1]))])
-    f = f_beta(hits, np.broadcast_to(np.arange(1, len(y) + 1.0)[:, None], hits.shape), float(y.sum()), beta)
-    f[(ordered <= below) | (ordered <= 0)] = -1.0  # no threshold lies between equal values, nor below 0
-    best = f.argmax(0)
-    columns = np.arange(acts.shape[1])
-    found = f[best, columns]
-    between = (ordered[best, columns] + np.maximum(below[best, columns], 0.0)) / 2
-    return np.where(found >= 0, between, np.inf), np.maximum(found, 0.0)
+    return Sorted.of(acts).best(labels, beta)
 
 
 @dataclass(frozen=True)
@@ -197,26 +220,35 @@ def feature_tests(
     p is normal with that spread, so that p can be smaller than 1 / permutations.
     """
     labels = np.asarray(labels, np.float64)
-    aurocs = auroc_table(acts, labels)
-    p = np.full(aurocs.shape, np.nan)
-    for a, column in enumerate(labels.T):
-        known = np.flatnonzero(np.isfinite(column))
-        y = column[known] > 0.5
-        n1, n0 = int(y.sum()), int((~y).sum())
-        if n1 == 0 or n0 == 0:
-            continue
-        ranks = stats.rankdata(acts[known], axis=0)
-        ranks -= (len(known) + 1) / 2
-        shuffled = np.stack([y[permuted_rows(patients[known], seed * permutations + i)] for i in range(permutations)])
-        spread = (shuffled.astype(np.float64) @ ranks / (n1 * n0)).std(0)
-        z = np.divide(aurocs[:, a] - 0.5, spread, out=np.zeros(len(spread)), where=spread > 0)
-        p[:, a] = 2 * stats.norm.sf(np.abs(z))
+    aurocs, p = auroc_table(acts, labels), np.full((acts.shape[1], labels.shape[1]), np.nan)
+    for concepts, known in known_groups(labels):
+        ranks, y = _centred_ranks(acts[known]), labels[known][:, concepts] > 0.5
+        moved = [permuted_rows(patients[known], seed * permutations + i) for i in range(permutations)]
+        shuffled = np.stack([_aurocs(ranks, y[rows]) for rows in moved])
+        spread = shuffled.std(0)
+        z = np.divide(aurocs[:, concepts] - 0.5, spread, out=np.zeros(spread.shape), where=spread > 0)
+        p[:, concepts] = np.where(np.isfinite(aurocs[:, concepts]), 2 * stats.norm.sf(np.abs(z)), np.nan)
     return FeatureTests(aurocs, p, benjamini_hochberg(p.ravel()).reshape(p.shape))
 
 
-def _each_concept(score, acts: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    out = np.full((acts.shape[1], labels.shape[1]), np.nan)
-    for a, column in enumerate(np.asarray(labels, np.float64).T):
-        known = np.isfinite(column)
-        out[:, a] = score(acts[known], column[known])
-    return out
+def known_groups(
+    labels: Shaped[np.ndarray, "image concept"],
+) -> list[tuple[Int64[np.ndarray, " some"], Int64[np.ndarray, " known"]]]:
+    """Concepts that are known for the same images, and those images: what is sorted once for all of them."""
+    finite = np.isfinite(np.asarray(labels, np.float64))
+    patterns, group = np.unique(finite, axis=1, return_inverse=True)
+    return [(np.flatnonzero(group.ravel() == g), np.flatnonzero(patterns[:, g])) for g in range(patterns.shape[1])]
+
+
+def _centred_ranks(acts: Float[np.ndarray, "image latent"]) -> Float[np.ndarray, "image latent"]:
+    return stats.rankdata(acts, axis=0) - (len(acts) + 1) / 2
+
+
+def _aurocs(
+    ranks: Float[np.ndarray, "image latent"], y: Bool[np.ndarray, "image concept"]
+) -> Float[np.ndarray, "latent concept"]:
+    """`1/2 + sum of the positives' centred ranks / (n1 n0)`."""
+    n1 = y.sum(0)
+    pairs = n1 * (len(y) - n1)
+    total = ranks.T @ y.astype(np.float64)
+    return 0.5 + np.divide(total, pairs, out=np.full(total.shape, np.nan), where=pairs > 0)

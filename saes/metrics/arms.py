@@ -13,12 +13,15 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from mechinterp.metrics.statistics import PatientBootstrap, auroc_columns, weighted_auroc
-from saes.metrics.alignment import auroc_table, average_precision, best_thresholds, f_score
-from saes.metrics.matching import Match, match
+from saes.metrics.alignment import Sorted, auroc_table, average_precision, f_score
+from saes.metrics.matching import Match, match_at
 from saes.metrics.probing import k_sparse_probe
 from saes.metrics.selectivity import mean_cosine, weighted_monosemanticity
 
 __all__ = ["Measured", "Task", "measure", "measure_monosemanticity"]
+
+BETA = 0.5
+"""Of `fbmp`: precision counts more."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +77,29 @@ def measure(
     parts: dict[str, list[tuple[float, np.ndarray]]] = {}
     matches = []
     train_auroc = auroc_table(acts[task.split == "train"], task.labels[task.split == "train"])
+    sorts: dict[bytes, Sorted] = {}  # concepts known for the same images share one sorting
+
+    def best(rows: np.ndarray, y: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        if rows.tobytes() not in sorts:
+            sorts[rows.tobytes()] = Sorted.of(acts[rows])
+        return sorts[rows.tobytes()].best(y, beta)
+
     for a, column in enumerate(task.labels.T):
         train, val, test = (task.rows(name, a) for name in ("train", "val", "test"))
         y, weights = column[test], task._test_weights(a)
         z = acts[test, int(np.argmax(np.nan_to_num(train_auroc[:, a], nan=-1.0)))]
         _add(parts, "AUROC", float(auroc_columns(z[:, None], y)[0]), weighted_auroc(z, y, weights))
-        best = int(np.argmax(np.nan_to_num(best_thresholds(acts[train], column[train])[1], nan=-1.0)))
-        z = acts[test, best]
+        chosen = int(np.argmax(np.nan_to_num(best(train, column[train], 1.0)[1], nan=-1.0)))
+        z = acts[test, chosen]
         _add(parts, "AP", average_precision(z, y), average_precision(z, y, weights))
-        threshold = best_thresholds(acts[val, best][:, None], column[val])[0][0]
+        threshold = best(val, column[val], 1.0)[0][chosen]
         _add(parts, "F1", f_score(z > threshold, y), f_score(z > threshold, y, weights))
-        for name, thresholds in (("MATCHScore (z > 0)", "zero"), ("MATCHScore", "val")):
-            found = match(acts, column, task.split, k, thresholds=thresholds)
-            fires = found.fires(acts[test])
-            _add(parts, name, found.f1, f_score(fires, y, weights))
-        matches.append(found)  # the one at validation thresholds
+        held = best(val, column[val], BETA)[0]
+        for name, least in (("MATCHScore (z > 0)", np.zeros(acts.shape[1])), ("MATCHScore", held)):
+            found = match_at(acts, column, task.split, least, k, BETA)
+            _add(parts, name, found.f1, f_score(found.fires(acts[test]), y, weights))
+            if least is held:
+                matches.append(found)
         for count in sparse:
             probe = k_sparse_probe(acts, column, task.split, count)
             draws = weighted_auroc(probe.test_scores, y, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from saes.metrics.alignment import best_thresholds, f_beta, f_score
 
-__all__ = ["Match", "TapaScore", "Thresholds", "fbmp", "firing_thresholds", "match", "match_score", "tapa_score"]
+__all__ = ["Match", "TapaScore", "Thresholds", "fbmp", "match", "match_at", "match_score", "tapa_score"]
 
 Thresholds = Literal["zero", "val"]
 
@@ -26,11 +26,11 @@ def fbmp(
     """
     y = np.asarray(labels) > 0.5
     rest, union, chosen, best = y.copy(), np.zeros(len(y), bool), [], 0.0
-    fired = fires.sum(0)
+    table, fired = fires.astype(np.float32), fires.sum(0)  # counts below 2^24 are exact
     for _ in range(min(k, fires.shape[1])):
         if not rest.any():
             break
-        score = f_beta(rest.astype(np.float64) @ fires, fired, float(rest.sum()), beta)
+        score = f_beta(rest.astype(np.float32) @ table, fired, float(rest.sum()), beta)
         score[chosen] = -1.0
         latent = int(score.argmax())
         wider = union | fires[:, latent]
@@ -41,13 +41,6 @@ def fbmp(
         union, best = wider, found
         rest &= ~fires[:, latent]
     return tuple(chosen)
-
-
-def firing_thresholds(
-    acts: Float[np.ndarray, "image latent"], labels: Shaped[np.ndarray, " image"], beta: float = 0.5
-) -> Float[np.ndarray, " latent"]:
-    """The threshold of each latent with the highest F_beta for the concept: `best_thresholds` without the scores."""
-    return best_thresholds(acts, labels, beta)[0]
 
 
 @dataclass(frozen=True)
@@ -84,17 +77,31 @@ def match(
             tells images apart.
     """
     known = np.isfinite(np.asarray(labels, np.float64))
-    train, val, test = ((split == name) & known for name in ("train", "val", "test"))
+    val = (split == "val") & known
     match thresholds:
         case "zero":
             least = np.zeros(acts.shape[1])
         case "val":
-            least = firing_thresholds(acts[val], labels[val], beta)
+            least = best_thresholds(acts[val], labels[val], beta)[0]
         case _:
             assert_never(thresholds)
+    return match_at(acts, labels, split, least, k, beta)
+
+
+def match_at(
+    acts: Float[np.ndarray, "image latent"],
+    labels: Shaped[np.ndarray, " image"],
+    split: Shaped[np.ndarray, " image"],
+    least: Float[np.ndarray, " latent"],
+    k: int = 3,
+    beta: float = 0.5,
+) -> Match:
+    """`match` with given thresholds."""
+    known = np.isfinite(np.asarray(labels, np.float64))
+    train, test = ((split == name) & known for name in ("train", "test"))
     chosen = fbmp(acts[train] > least, labels[train], k, beta)
     found = Match(chosen, tuple(float(least[j]) for j in chosen), float("nan"))
-    return Match(found.latents, found.thresholds, float(f_score(found.fires(acts[test]), labels[test])))
+    return replace(found, f1=float(f_score(found.fires(acts[test]), labels[test])))
 
 
 def match_score(

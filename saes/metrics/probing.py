@@ -56,7 +56,7 @@ def linear_probe(
     for strength in strengths:
         fitted = _logistic(scaled[train], y[train], strength)
         probes.append(LinearProbe(mean, scale, fitted.coef_[0], float(fitted.intercept_[0]), strength))
-    return max(probes, key=lambda probe: auroc(probe.scores(x[val]), y[val]))  # the first, most penalised, on a tie
+    return max(probes, key=lambda probe: auroc(probe.scores(x[val]), y[val].astype(float)))  # the first, most penalised, on a tie
 
 
 def rank_by_mean_difference(
@@ -104,7 +104,7 @@ def k_sparse_probe(
     if probe is None:
         return SparseProbe(k, tuple(int(j) for j in chosen), float("nan"), nothing)
     scores = probe.scores(np.asarray(acts[test][:, chosen], np.float64))
-    return SparseProbe(k, tuple(int(j) for j in chosen), auroc(scores, y[test]), scores)
+    return SparseProbe(k, tuple(int(j) for j in chosen), auroc(scores, y[test].astype(float)), scores)
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, strength: float) -> Any:

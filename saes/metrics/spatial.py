@@ -99,7 +99,7 @@ def morans_i(
     related = (centred * (centred @ weights)).sum(-1)
     scale = maps.shape[-1] / weights.sum()
     floor = 1e-24 * np.maximum(np.square(np.asarray(maps, np.float64)).sum(-1), 1e-300)
-    return scale * np.divide(related, power, out=np.full(np.shape(power), np.nan), where=power > floor)
+    return np.asarray(scale * np.divide(related, power, out=np.full(np.shape(power), np.nan), where=power > floor))
 
 
 def _flat(values: np.ndarray) -> np.ndarray:
