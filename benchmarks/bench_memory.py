@@ -19,7 +19,7 @@ model, placed, name = subject.subjects(pixels)[-1]
 batch = model.prepare(pixels, subject.TARGETS)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = effects(model, placed, batch, subject.TARGETS)
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(found.row), placed.reads, sep="\n")
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(found.row), placed.reads, sep="\\n")
 """
 
 
