@@ -71,15 +71,21 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--site", action="append", required=True, metavar="SITE", help="hook name; may be repeated")
     sub.add_argument("--tokens", default="all", choices=["all", "patch", "cls", "pooled"])
 
-    sub = command("train", _train, "train a dictionary on a store", "train STORE --kind topk --out sae")
+    sub = command("train", _train, "train dictionaries on a store", "train STORE --kind topk --k 8,16,32 --out sae")
     sub.add_argument("store", type=Path, metavar="STORE")
-    sub.add_argument("--kind", default="topk", choices=["topk", "batchtopk"])
+    kinds = ["topk", "batchtopk", "matryoshka", "jumprelu", "gated", "transcoder"]
+    sub.add_argument("--kind", default="topk", choices=kinds)
     sub.add_argument("--site", metavar="SITE", help="which site of the store (default: its only one)")
-    sub.add_argument("--width", type=int, default=1024, help="number of latents (default 1024)")
-    sub.add_argument("--k", type=int, default=16, help="active latents per token (default 16)")
+    sub.add_argument("--reads", metavar="SITE", help="of a transcoder: what it reads")
+    sub.add_argument("--writes", metavar="SITE", help="of a transcoder: what it writes")
+    sub.add_argument("--skip", action="store_true", help="of a transcoder: a linear path beside the latents")
+    sub.add_argument("--sparsity", choices=["topk", "batchtopk"], help="of a transcoder (default topk)")
+    sub.add_argument("--width", type=_numbers, default=[1024], help="number of latents (default 1024), or several: A,B")
+    sub.add_argument("--k", type=_numbers, default=[16], help="active latents per token (default 16), or several: A,B")
+    sub.add_argument("--penalty", type=float, help="of jumprelu (then without --k) and gated: weight of the sparsity")
     sub.add_argument("--epochs", type=int, default=None, help="passes over the store")
+    sub.add_argument("--tokens", choices=["patch", "cls", "pooled", "text"], help="rows of this kind only")
 
-    _import_command(command)
     sub = command("features", _features, "catalogue and gallery of named features", "features phantom-clip --out f")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA", help=f"data folder (default: a phantom of {DEFAULT_IMAGES} images)")
@@ -112,6 +118,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("doctor", _doctor, "does this model hook, restore, freeze and score as it should?", "doctor my-model")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA")
+
+    sub = command(
+        "experiment",
+        _experiment,
+        "a reproducible experiment: result.json, table.md and figure.png",
+        "experiment superposition --quick --out out/superposition",
+    )
+    sub.add_argument("name", metavar="NAME", help="which one; `list` names them")
+    sub.add_argument("--quick", action="store_true", help="the small version: shows that it runs, is no result")
 
     sub = command("verify", _verify, "check every file of an artefact folder against its manifest", "verify out/audit")
     sub.add_argument("folder", type=Path, metavar="DIR")
@@ -174,19 +189,34 @@ def _extract(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from mechinterp.activations import ActivationStore
-    from saes import BatchTopKConfig, TopKConfig, evaluate, train_sae
+    from saes.choices import chosen
+    from saes.metrics import evaluate
+    from saes.sweep import train_sweep
+    from saes.train import train_sae, train_transcoder
 
-    store = ActivationStore(args.store)
-    if args.site is None and len(store.sites) != 1:
-        raise UsageError(f"the store holds {', '.join(store.sites)}", where="--site", hint="name one of them")
-    site = args.site or store.sites[0]
-    options = {"k": args.k, "width": args.width} | ({} if args.epochs is None else {"epochs": args.epochs})
-    config = TopKConfig(**options) if args.kind == "topk" else BatchTopKConfig(**options)
-    out = _out(args)
-    placed = train_sae(store, site, config, out=out, seed=args.seed)
-    scores = evaluate(placed, store, split="test")
+    store, out = ActivationStore(args.store), _out(args)
+    configs = chosen(args.kind, args.width, args.k, args.epochs, args.penalty, args.skip, args.sparsity)
+    options = {"seed": args.seed, "tokens": args.tokens}
+    if args.kind == "transcoder":
+        if not (args.reads and args.writes) or len(configs) > 1:
+            raise UsageError("a transcoder needs --reads and --writes, one --k and one --width", where="--kind")
+        placed = train_transcoder(store, args.reads, args.writes, configs[0], out, **options)
+    else:
+        if args.site is None and len(store.sites) != 1:
+            raise UsageError(f"the store holds {', '.join(store.sites)}", where="--site", hint="name one of them")
+        site = args.site or store.sites[0]
+        if len(configs) > 1:
+            print(train_sweep(store, site, configs, out, **options).table())
+            print(f"dictionaries: {out} (* is the one to take)")
+            return
+        placed = train_sae(store, site, configs[0], out, **options)
+    split = next((name for name in ("test", "val", "train") if len(store.rows(placed.reads, name))), "train")
     print(f"dictionary: {out}")
-    print(json.dumps(scores, indent=2, default=float))
+    print(json.dumps(evaluate(placed, store, split).to_dict(), indent=2))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -264,6 +294,20 @@ def _doctor(args: argparse.Namespace) -> None:
     failed = [check.name for check in checks if not check.ok]
     if failed:
         raise MechInterpError(f"failed: {', '.join(failed)}", where=args.model, hint="do not trust its numbers")
+
+
+def _experiment(args: argparse.Namespace) -> None:
+    from mechinterp.experiments import EXPERIMENTS, run_experiment
+
+    if args.name == "list":
+        for entry in EXPERIMENTS.values():
+            print(f"  {entry.name:24} {entry.question}")
+        return
+    out = args.out or Path("out") / args.name
+    result = run_experiment(args.name, out, quick=args.quick, seed=args.seed)
+    for claim in result.claims:
+        print(f"{'holds' if claim.holds else 'FAILS'}  {claim.claim}: {claim.evidence}")
+    print(f"experiment: {out / 'table.md'}, {out / 'figure.png'}")
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -1,0 +1,306 @@
+"""superposition: do dictionaries recover the features of models whose features are known?
+
+1. Train the toy model of superposition at several sparsities and correlations; train each kind of SAE on its hidden
+   layer; compare decoder rows with the true directions (MCC beside that of random directions) and count how many
+   features drive one latent, and one neuron (polysemanticity).
+2. The same on activations that sae-lens's synthetic models make, as a check by others' code.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
+from mechinterp.experiments.result import Claim, Result, Row, Table
+from mechinterp.metrics.statistics import Interval, PatientBootstrap, percentile_interval
+from mechinterp.progress import progress
+from saes import train_sae
+from saes.config import BatchTopKConfig, MatryoshkaConfig, SAEConfig, TopKConfig
+from saes.metrics.recovery import mcc, mcc_floor
+from saes.truth.arrays import SITE, store_of
+from saes.truth.synthetic import sae_lens_mcc, synthetic
+from saes.truth.toy import (
+    Toy,
+    draw_features,
+    latent_responses,
+    matched_cosines,
+    polysemanticity,
+    train_toy,
+)
+
+__all__ = ["Sizes", "run"]
+
+RECALL = 0.9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    features: int = 40
+    hidden: int = 12
+    probabilities: tuple[float, ...] = (0.3, 0.1, 0.03)
+    correlations: tuple[float, ...] = (0.0, 0.5, 0.9)
+    kinds: tuple[str, ...] = ("topk", "batchtopk", "matryoshka")
+    seeds: int = 2
+    toy_steps: int = 1500
+    rows: int = 16_000
+    epochs: int = 15
+    synthetic: tuple[int, int] = (64, 24)
+
+
+QUICK = Sizes(12, 5, (0.3, 0.05), (0.0, 0.9), ("topk",), 1, 250, 1500, 6, (16, 8))
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One setting: `source` "toy" or "sae-lens", its dictionaries' matched cosines over all seeds, and the floor."""
+
+    source: str
+    probability: float
+    correlation: float
+    kind: str
+    cosines: np.ndarray
+    floor: float
+    poly_latents: float
+    poly_neurons: float
+    per_dimension: float
+    peer: float  # largest difference of our MCC and sae-lens's
+
+    @property
+    def mcc(self) -> float:
+        """Mean matched cosine."""
+        return float(self.cosines.mean())
+
+    @property
+    def corrected(self) -> float:
+        """`(MCC - floor) / (1 - floor)`: 0 for random directions, 1 for the true ones."""
+        return (self.mcc - self.floor) / (1 - self.floor)
+
+    @property
+    def interval(self) -> Interval:
+        """95 % bootstrap interval of the MCC over features."""
+        draws = PatientBootstrap.of([str(i) for i in range(len(self.cosines))], draws=1000)
+        return percentile_interval(draws.mean(self.cosines))
+
+
+def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Result:
+    """Run the experiment. `sizes` overrides both versions."""
+    size = sizes or (QUICK if quick else Sizes())
+    grid = [("toy", p, c) for p in size.probabilities for c in size.correlations]
+    grid += [("sae-lens", size.probabilities[-2 if len(size.probabilities) > 2 else -1], c) for c in size.correlations]
+    cells: list[Cell] = []
+    for source, probability, correlation in progress(grid, "toy models", unit="setting"):
+        made = [
+            (_toy if source == "toy" else _synthetic)(size, probability, correlation, seed * 1000 + s)
+            for s in range(size.seeds)
+        ]
+        cells += [_cell(source, probability, correlation, kind, made, size) for kind in size.kinds]
+    return Result([row for cell in cells for row in _rows(cell)], _claims(cells), _tables(cells), _figure(cells), NOTES)
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """Activations with truth: `directions [feature, d]`, `rows [row, d]`."""
+
+    directions: Tensor
+    rows: Tensor
+    l0: float
+    per_dimension: float
+    poly_neurons: float
+    seed: int
+
+
+def _toy(size: Sizes, probability: float, correlation: float, seed: int) -> Made:
+    toy = Toy(size.features, size.hidden, probability, correlation)
+    model = train_toy(toy, size.toy_steps, seed=seed)
+    x = draw_features(toy, size.rows, torch.Generator().manual_seed(seed + 500))
+    directions = model.represented
+    neurons = polysemanticity(directions).nanmean().item()
+    l0 = (x[:, model.W.norm(dim=0) >= 0.5] > 0).float().sum(1).mean().item()
+    return Made(directions, model.hidden(x), l0, model.per_dimension, neurons, seed)
+
+
+def _synthetic(size: Sizes, probability: float, correlation: float, seed: int) -> Made:
+    features, d = size.synthetic
+    found = synthetic(features, d, size.rows, probability, correlation, seed)
+    neurons = polysemanticity(found.directions).nanmean().item()
+    return Made(found.directions, found.activations, found.true_l0, features / d, neurons, seed)
+
+
+def _config(kind: str, made: Made, size: Sizes) -> SAEConfig:
+    """As many latents as features are represented, as many active as are there on average."""
+    common: dict[str, Any] = {
+        "width": len(made.directions),
+        "k": max(1, round(made.l0)),
+        "epochs": size.epochs,
+        "batch_size": 512,
+        "lr": 3e-3,
+    }
+    match kind:
+        case "topk":
+            return TopKConfig(**common)
+        case "batchtopk":
+            return BatchTopKConfig(**common)
+        case _:
+            half = max(1, common["width"] // 2)
+            return MatryoshkaConfig(**common, levels=(half, common["width"]) if half < common["width"] else (half,))
+
+
+def _cell(source: str, probability: float, correlation: float, kind: str, made: Sequence[Made], size: Sizes) -> Cell:
+    cosines, floors, poly, peer = [], [], [], 0.0
+    for one in made:
+        split = np.where(np.arange(len(one.rows)) % 10 == 0, "test", "train")
+        with tempfile.TemporaryDirectory() as scratch:
+            store = store_of(one.rows.numpy(), split, Path(scratch) / "store")
+            placed = train_sae(store, SITE, _config(kind, one, size), Path(scratch) / "sae", seed=one.seed)
+        decoder = placed.dictionary.W_dec.detach()
+        cosines.append(matched_cosines(decoder, one.directions))
+        floors.append(mcc_floor(len(decoder), len(one.directions), one.directions.shape[1], draws=5, seed=one.seed))
+        poly.append(polysemanticity(latent_responses(placed.dictionary, one.directions)).nanmean().item())
+        if source == "sae-lens":
+            peer = max(peer, abs(mcc(decoder, one.directions) - sae_lens_mcc(decoder, one.directions)))
+    return Cell(
+        source,
+        probability,
+        correlation,
+        kind,
+        np.concatenate(cosines),
+        float(np.mean(floors)),
+        float(np.mean(poly)),
+        float(np.mean([m.poly_neurons for m in made])),
+        float(np.mean([m.per_dimension for m in made])),
+        peer,
+    )
+
+
+def _rows(cell: Cell) -> list[Row]:
+    of = {
+        "source": cell.source,
+        "probability": cell.probability,
+        "correlation": cell.correlation,
+        "kind": cell.kind,
+    }
+    n = len(cell.cosines)
+    return [
+        Row("mcc", cell.mcc, n, cell.interval, of),
+        Row("mcc floor", cell.floor, n, of=of),
+        Row("mcc corrected", cell.corrected, n, of=of),
+        Row("recall", float((cell.cosines >= RECALL).mean()), n, of=of),
+        Row("polysemanticity of latents", cell.poly_latents, n, of=of),
+        Row("polysemanticity of neurons", cell.poly_neurons, n, of=of),
+        Row("features per dimension", cell.per_dimension, n, of=of),
+    ]
+
+
+def _tables(cells: Sequence[Cell]) -> list[Table]:
+    header = ("source", "kind", "P(feature)", "correlation", "MCC", "95 %", "floor", "corrected", f"recall at {RECALL}")
+    header = (*header, "features per dim.", "polysemanticity: latents", "neurons")
+    lines = [
+        (
+            *(c.source, c.kind, c.probability, c.correlation, c.mcc, f"{c.interval[0]:.2f} to {c.interval[1]:.2f}"),
+            *(c.floor, c.corrected, float((c.cosines >= RECALL).mean()), c.per_dimension),
+            *(c.poly_latents, c.poly_neurons),
+        )
+        for c in cells
+    ]
+    return [Table("Recovery of known features", header, tuple(lines))]
+
+
+NOTES = (
+    "MCC: mean |cosine| of true directions and decoder rows under the best one-to-one matching. floor: the same for "
+    "random directions of the same number and width. corrected = (MCC - floor) / (1 - floor).",
+    "polysemanticity: 1 - max / sum of squared responses to each feature alone; 0 for a unit that one feature drives.",
+    "Dictionaries have as many latents as features are represented, and as many active as are there on average: what "
+    "a real user cannot know. Features are those whose column of W has a norm of at least 0.5.",
+    "The interval is over features (all seeds pooled), not over patients: there are none here.",
+)
+
+
+def _claims(cells: Sequence[Cell]) -> list[Claim]:
+    toy = [c for c in cells if c.source == "toy"]
+    kinds = list(dict.fromkeys(c.kind for c in cells))
+    rare, common = min(c.probability for c in toy), max(c.probability for c in toy)
+    loose, tight = min(c.correlation for c in toy), max(c.correlation for c in toy)
+
+    def mean(source: str, what: str, **at: float) -> float:
+        chosen = [c for c in cells if c.source == source and all(getattr(c, k) == v for k, v in at.items())]
+        return float(np.mean([getattr(c, what) for c in chosen]))
+
+    sparse = [c for c in toy if c.probability == rare and c.correlation == loose]
+    falls = {s: (mean(s, "mcc", correlation=loose), mean(s, "mcc", correlation=tight)) for s in ("toy", "sae-lens")}
+    thin, dense = mean("toy", "per_dimension", probability=rare), mean("toy", "per_dimension", probability=common)
+    worst = max(c.peer for c in cells)
+    return [
+        Claim(
+            "the toy model puts more features in a dimension when they are rarer",
+            thin > dense,
+            f"features per dimension {thin:.2f} at P = {rare}, {dense:.2f} at P = {common}",
+        ),
+        Claim(
+            "every kind recovers rare, uncorrelated features far better than chance (corrected MCC >= 0.5)",
+            min(c.corrected for c in sparse) >= 0.5,
+            "; ".join(f"{c.kind}: {c.corrected:.2f} (MCC {c.mcc:.2f}, floor {c.floor:.2f})" for c in sparse),
+        ),
+        Claim(
+            f"correlated features are recovered worse (MCC at {tight} below {loose}), in the toy and in sae-lens's",
+            all(low < high for high, low in falls.values()),
+            "; ".join(f"{s}: {high:.2f} to {low:.2f}" for s, (high, low) in falls.items()),
+        ),
+        Claim(
+            "latents are driven by fewer features than neurons are, in every toy setting",
+            all(c.poly_latents < c.poly_neurons for c in toy),
+            f"mean polysemanticity {np.mean([c.poly_latents for c in toy]):.2f} of latents, "
+            f"{np.mean([c.poly_neurons for c in toy]):.2f} of neurons; kinds: {', '.join(kinds)}",
+        ),
+        Claim("our MCC equals sae-lens's to 1e-4", worst < 1e-4, f"largest difference {worst:.1e}"),
+    ]
+
+
+def _figure(cells: Sequence[Cell]) -> bytes:
+    kinds = list(dict.fromkeys(c.kind for c in cells))
+    correlations = sorted({c.correlation for c in cells})
+    figure, axes = canvas(1, 3, 12.5, 4.2)
+    a, b, c = axes[0]
+    toy = [cell for cell in cells if cell.source == "toy"]
+    first = [cell for cell in toy if cell.kind == kinds[0]]
+    axes_of(a, f"a  recovery in the toy model ({kinds[0]})", "probability of a feature", "MCC")
+    for colour, correlation in zip(COLOURS, correlations, strict=False):
+        line = sorted((x for x in first if x.correlation == correlation), key=lambda x: x.probability)
+        x = [cell.probability for cell in line]
+        a.plot(x, [cell.mcc for cell in line], "o-", color=colour, markersize=4, label=f"correlation {correlation:g}")
+        a.vlines(x, *np.array([cell.interval for cell in line]).T, color=colour, linewidth=1)
+        a.plot(x, [cell.floor for cell in line], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    a.plot([], [], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="random directions")
+    a.set_xscale("log")
+    a.set_ylim(0, 1.02)
+    a.legend(fontsize=8, frameon=False)
+    axes_of(b, "b  corrected MCC by correlation", "correlation of pairs", "(MCC - floor) / (1 - floor)")
+    for colour, kind in zip(COLOURS, kinds, strict=False):
+        for source, style in (("toy", "o-"), ("sae-lens", "s--")):
+            p = sorted({x.probability for x in cells if x.source == "sae-lens"})[0]
+            line = [x for x in cells if (x.kind, x.source, x.probability) == (kind, source, p)]
+            values = [x.corrected for x in line]
+            b.plot([x.correlation for x in line], values, style, color=colour, markersize=4, label=f"{kind}, {source}")
+    b.set_ylim(-0.05, 1.02)
+    b.legend(fontsize=8, frameon=False)
+    axes_of(c, "c  features that drive one unit", "probability of a feature", "polysemanticity")
+    line = sorted((x for x in first if x.correlation == correlations[0]), key=lambda x: x.probability)
+    x = [cell.probability for cell in line]
+    c.plot(x, [cell.poly_neurons for cell in line], "s-", color=GREY, markersize=4, label="neurons")
+    for colour, kind in zip(COLOURS, kinds, strict=False):
+        mine = [x for x in toy if x.kind == kind and x.correlation == correlations[0]]
+        mine = sorted(mine, key=lambda x: x.probability)
+        c.plot(x, [cell.poly_latents for cell in mine], "o-", color=colour, markersize=4, label=f"latents, {kind}")
+    c.set_xscale("log")
+    c.set_ylim(0, 1)
+    c.legend(fontsize=8, frameon=False)
+    return png(figure)
