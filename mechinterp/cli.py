@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--other", action="append", default=[], type=Path, metavar="DIR", help="dictionary of another seed; repeatable"
     )
 
+    _import_command(command)
     sub = command(
         "ablate",
         _ablate,
