@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "phantom-clip-shortcut"
 DEFAULT_IMAGES = 600
 
+Command = Callable[..., argparse.ArgumentParser]
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns 0 on success and 2 on wrong use or bad input (one line on stderr, no traceback)."""
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands with their arguments; `docs/cli.md` is printed from this."""
+    """All commands with their arguments."""
     parser = argparse.ArgumentParser(
         prog="mechinterp",
         description="How does a medical vision-language model reason? Research use; not a medical device.",
@@ -54,6 +56,13 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, needs_out=name)
         return sub
 
+    _data_and_models(command)
+    _dictionaries(command)
+    _questions(command)
+    return parser
+
+
+def _data_and_models(command: Command) -> None:
     command("models", _models, "bundled models, and the families that can be loaded", "models")
     sub = command("data", _data, "write a phantom data folder, with truth", "data phantom --n 200 --out data/phantom")
     sub.add_argument("what", choices=["phantom"])
@@ -71,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--site", action="append", required=True, metavar="SITE", help="hook name; may be repeated")
     sub.add_argument("--tokens", default="all", choices=["all", "patch", "cls", "pooled"])
 
+
+def _dictionaries(command: Command) -> None:
     sub = command("train", _train, "train dictionaries on a store", "train STORE --kind topk --k 8,16,32 --out sae")
     sub.add_argument("store", type=Path, metavar="STORE")
     kinds = ["topk", "batchtopk", "matryoshka", "jumprelu", "gated", "transcoder"]
@@ -86,6 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--epochs", type=int, default=None, help="passes over the store")
     sub.add_argument("--tokens", choices=["patch", "cls", "pooled", "text"], help="rows of this kind only")
 
+    sub = command("import", _import, "read somebody's dictionary", "import their_sae --site S --out sae")
+    sub.add_argument("source", type=Path, metavar="FOLDER", help="sae-lens, dictionary_learning or saev; or one file")
+    sub.add_argument("--site", metavar="SITE", required=True, help="hook name of the place it was trained on")
+    sub.add_argument("--layout", metavar="NAME", help="sae_lens, dictionary_learning or saev (default: recognised)")
+    sub.add_argument("--tokens", choices=["all", "patch", "cls", "pooled"], help="what it was trained on, if known")
+
     sub = command("features", _features, "catalogue and gallery of named features", "features phantom-clip --out f")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA", help=f"data folder (default: a phantom of {DEFAULT_IMAGES} images)")
@@ -95,7 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--other", action="append", default=[], type=Path, metavar="DIR", help="dictionary of another seed; repeatable"
     )
 
-    _import_command(command)
+
+def _questions(command: Command) -> None:
     sub = command(
         "ablate",
         _ablate,
@@ -131,15 +149,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("verify", _verify, "check every file of an artefact folder against its manifest", "verify out/audit")
     sub.add_argument("folder", type=Path, metavar="DIR")
-    return parser
-
-
-def _import_command(command: Callable[..., argparse.ArgumentParser]) -> None:
-    sub = command("import", _import, "read somebody's dictionary", "import their_sae --site S --out sae")
-    sub.add_argument("source", type=Path, metavar="FOLDER", help="sae-lens, dictionary_learning or saev; or one file")
-    sub.add_argument("--site", metavar="SITE", required=True, help="hook name of the place it was trained on")
-    sub.add_argument("--layout", metavar="NAME", help="sae_lens, dictionary_learning or saev (default: recognised)")
-    sub.add_argument("--tokens", choices=["all", "patch", "cls", "pooled"], help="what it was trained on, if known")
 
 
 def _models(args: argparse.Namespace) -> None:
