@@ -56,7 +56,9 @@ def linear_probe(
     for strength in strengths:
         fitted = _logistic(scaled[train], y[train], strength)
         probes.append(LinearProbe(mean, scale, fitted.coef_[0], float(fitted.intercept_[0]), strength))
-    return max(probes, key=lambda probe: auroc(probe.scores(x[val]), y[val].astype(float)))  # the first, most penalised, on a tie
+    return max(
+        probes, key=lambda probe: auroc(probe.scores(x[val]), y[val].astype(float))
+    )  # the first, most penalised, on a tie
 
 
 def rank_by_mean_difference(

@@ -52,16 +52,24 @@ def _two_sided(
     return SparseDictionary(W_enc, W_dec, torch.zeros(W_enc.shape[1]), mean, TopK(keep), info=info)
 
 
+@torch.no_grad()
 def random_directions(x: Float[Tensor, "row d"], width: int, k: int, seed: int = 0) -> SparseDictionary:
-    """Unit directions drawn from a Gaussian with the data's covariance: `width / 2` lines.
+    """Unit directions drawn from a Gaussian with the data's covariance, `width / 2` lines, and a fitted decoder.
 
-    A harder null than the untrained twin, whose directions know nothing of the data: these look where it varies.
+    A harder null than the untrained twin, whose directions know nothing of the data: these look where it varies, and
+    the decoder is the least-squares one for their codes on `x` (a frozen encoder, as in arXiv:2602.14111). So its R2
+    says what the decoder can make of codes that nobody learnt.
     """
     generator = torch.Generator().manual_seed(seed)
     mean = x.mean(0)
     noise = torch.randn(width // 2, len(x), generator=generator)
     lines = torch.nn.functional.normalize(noise @ (x - mean), dim=-1)
-    return _two_sided(lines.T, lines, mean, k, {"null": "random directions", "seed": seed})
+    made = _two_sided(lines.T, lines, mean, k, {"null": "random directions", "seed": seed})
+    codes = made.encode(x)
+    gram = codes.T @ codes
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))  # latents that never fire get a zero row
+    made.W_dec.copy_(torch.linalg.solve(gram + ridge, codes.T @ (x - mean)))
+    return made
 
 
 def raw_neurons(x: Float[Tensor, "row d"], k: int) -> SparseDictionary:
