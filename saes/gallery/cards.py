@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from saes.gallery.examples import GROUPS, Shot, choose_shots
 from saes.gallery.overlap import Overlap, coverage, overlap
-from saes.gallery.pictures import heat_picture, owners
+from saes.gallery.pictures import LARGE, SMALL, heat_picture
 from saes.gallery.place import place_of
 from saes.naming import UNNAMED, Name
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cards_of", "overlaps_of", "places_of"]
 
-SUBGROUPS = 9
+SUBGROUPS = 8
+HEARD = 3.0  # spreads by which a phrase must stand out to be shown
 LEAST_GROUP = 10  # test images a subgroup needs to be shown
 
 
@@ -67,6 +68,8 @@ def cards_of(made: Catalogue, table: pd.DataFrame, overlaps: dict[int, Overlap])
     return [
         {
             **lines[f],
+            "held_fixed": names[f].rival,
+            "text": names[f].said if names[f].alignment >= HEARD else "",
             "named": names[f].name != UNNAMED,
             "ci95": list(names[f].ci95),
             "within_ci95": list(names[f].within_ci95),
@@ -109,7 +112,7 @@ class _Pictures:
     def __init__(self, made: Catalogue):
         self.made = made
         self.kept: dict[int, np.ndarray] = {}
-        self.owner: dict[tuple[int, ...], Int[np.ndarray, "side side"]] = {}
+        self.owner: dict[tuple[int, ...], Int[np.ndarray, "height width"]] = {}
 
     def groups(self, name: Name) -> list[dict[str, Any]]:
         """The four groups of a feature's gallery."""
@@ -137,7 +140,13 @@ class _Pictures:
             if shot.group == "near misses" and made.observed.closest_at is not None:
                 box = int(made.observed.closest_at[shot.image, name.feature])
             shown["jpeg"] = heat_picture(
-                pixels, heat, largest, self._owner(pixels.shape), self._outline(name, row, truth), box
+                pixels,
+                heat,
+                largest,
+                self._owner(pixels.shape),
+                self._outline(name, row, truth),
+                box,
+                side=LARGE if shot.group == "strongest" else SMALL,
             )
         return shown
 
@@ -146,11 +155,11 @@ class _Pictures:
             self.kept[row] = self.made.data.pixels([row])[0]
         return self.kept[row]
 
-    def _owner(self, shape: tuple[int, ...]) -> Int[np.ndarray, "side side"]:
+    def _owner(self, shape: tuple[int, ...]) -> Int[np.ndarray, "height width"]:
         if shape not in self.owner:
             model = self.made.model
             tokens = model.grid(shape[0], shape[1]).cpu().numpy()
-            self.owner[shape] = owners(tokens, model.patch_tokens().start or 0)
+            self.owner[shape] = np.where(tokens >= 0, tokens - (model.patch_tokens().start or 0), -1)
         return self.owner[shape]
 
     def _outline(self, name: Name, row: int, truth: bool | None) -> Bool[np.ndarray, "h w"] | None:

@@ -9,39 +9,35 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from scipy import ndimage
 
-__all__ = ["SIDE", "heat_picture", "owners"]
+__all__ = ["LARGE", "SMALL", "heat_picture"]
 
-SIDE = 160
+LARGE, SMALL = 208, 136
 _HOT = np.array([[0.99, 0.75, 0.15], [0.93, 0.33, 0.10], [0.75, 0.05, 0.20]])  # weak to strong
 _OUTLINE = np.array([0.25, 0.90, 0.95])
-
-
-def owners(token_of_pixel: Int[np.ndarray, "height width"], first_patch: int) -> Int[np.ndarray, "side side"]:
-    """Which patch each pixel of the picture belongs to, -1 where the model's preprocessing crops it away."""
-    height, width = token_of_pixel.shape
-    y = ((np.arange(SIDE) + 0.5) * height / SIDE).astype(int)
-    x = ((np.arange(SIDE) + 0.5) * width / SIDE).astype(int)
-    found = token_of_pixel[y][:, x]
-    return np.where(found >= 0, found - first_patch, -1)
 
 
 def heat_picture(
     pixels: Float[np.ndarray, "height width"],
     heat: Float[np.ndarray, "rows columns"],
     largest: float,
-    owner: Int[np.ndarray, "side side"],
-    outline: Bool[np.ndarray, "h w"] | None = None,
+    owner: Int[np.ndarray, "height width"],
+    outline: Bool[np.ndarray, "height width"] | None = None,
     box: int | None = None,
+    side: int = LARGE,
 ) -> bytes:
     """The image with `heat` (0 to `largest`) over it: clear where the feature is silent, coloured where it fires.
 
     Args:
+        owner: the patch of each pixel, -1 where the model's preprocessing crops it away.
         outline: a mask of what the feature is named after; its border is drawn.
         box: a patch to draw a frame around.
+        side: of the picture.
     """
-    grey = _resize(pixels)[..., None]
+    grey = _resize(pixels, side)[..., None]
+    y, x = (((np.arange(side) + 0.5) * length / side).astype(int) for length in owner.shape)
+    owner = owner[y][:, x]
     flat = np.append(heat.ravel() / largest if largest > 0 else heat.ravel(), 0.0)  # the last: cropped away
-    patch_side = SIDE / max(heat.shape)
+    patch_side = side / max(heat.shape)
     strength = np.clip(ndimage.gaussian_filter(flat[owner], 0.3 * patch_side), 0, 1)
     position = strength * (len(_HOT) - 1)
     below = np.minimum(position.astype(int), len(_HOT) - 2)
@@ -49,7 +45,7 @@ def heat_picture(
     alpha = (0.62 * np.sqrt(strength))[..., None]
     picture = grey * (1 - alpha) + colour * (0.35 + 0.65 * grey) * alpha
     if outline is not None:
-        mask = Image.fromarray(outline).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        mask = Image.fromarray(outline).resize((side, side), Image.Resampling.NEAREST)
         picture[_border(np.asarray(mask, dtype=bool))] = _OUTLINE
     if box is not None:
         frame = _border(owner == box)
@@ -61,9 +57,9 @@ def _border(mask: Bool[np.ndarray, "side side"]) -> Bool[np.ndarray, "side side"
     return mask & ~ndimage.binary_erosion(mask, border_value=0)
 
 
-def _resize(values: np.ndarray) -> np.ndarray:
+def _resize(values: np.ndarray, side: int) -> np.ndarray:
     image = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
 
 
 def _jpeg(rgb: np.ndarray) -> bytes:

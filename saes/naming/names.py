@@ -54,7 +54,8 @@ class Name:
         fit: AUROC within strata of the rival, on train and val patients.
         auroc, ci95: detection AUROC on test patients, nothing held fixed.
         within, within_ci95: the same within strata of `rival`, the concept held fixed ("" where there is none).
-        precision: of the test images in which it fires, the share with the concept (without it for "not").
+        precision: of the tenth of the test images in which it is strongest, the share with the concept (without it
+            for "not").
         q: adjusted p of `within` > 0.5.
         said: the phrase that the text tower proposed, with its alignment, whether or not it was used.
         nearest: the attribute that fits best on train and val patients, also where it was not good enough, with its
@@ -244,14 +245,19 @@ def _prove(
     plain, draws = auroc_draws(score, truth, np.zeros(len(score)), weights)
     within, within_draws = auroc_draws(score, truth, strata, weights)
     error = float(np.nanstd(within_draws)) if np.isfinite(within_draws).any() else float("nan")
-    p = float(stats.norm.sf((within - 0.5) / error)) if error > 0 else float("nan")
-    fires = score > 0
+    # a feature that separates without a fault does so in every draw: its error is at least one image in n
+    p = (
+        float(stats.norm.sf((within - 0.5) / max(error, 1 / max(len(score), 1))))
+        if np.isfinite(error)
+        else float("nan")
+    )
+    top = np.argsort(-score, kind="stable")[: max(len(score) // 10, 1)]
     numbers: dict = {
         "auroc": plain,
         "ci95": percentile_interval(draws),
         "within": within,
         "within_ci95": percentile_interval(within_draws),
-        "precision": float(truth[fires].mean()) if fires.any() else float("nan"),
+        "precision": float(truth[top].mean()) if len(top) else float("nan"),
     }
     return replace(name, **numbers), p
 
