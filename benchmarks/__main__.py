@@ -8,7 +8,12 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS, save, table
 
-BENCHMARKS = {"effects": "bench_effects", "extraction": "bench_extraction", "memory": "bench_memory"}
+BENCHMARKS = {
+    "effects": "bench_effects",
+    "extraction": "bench_extraction",
+    "memory": "bench_memory",
+    "sae": "bench_sae",
+}
 
 
 def main() -> None:
