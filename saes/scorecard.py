@@ -73,9 +73,9 @@ class Scorecard:
         """One line a metric and null; of one concept, or of all (None)."""
         import pandas as pd
 
-        rows = [{**asdict(s), "low": s.ci95[0], "high": s.ci95[1]} for s in self.scores]
-        table = pd.DataFrame(rows).drop(columns="ci95")
-        return table if concept is None else table[table["concept"] == concept].reset_index(drop=True)
+        kept = [s for s in self.scores if concept in (None, s.concept)]
+        rows = [{**asdict(s), "low": s.ci95[0], "high": s.ci95[1]} for s in kept]
+        return pd.DataFrame(rows).drop(columns="ci95")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON; what is not a number is None."""
@@ -101,8 +101,10 @@ class Scorecard:
     def __str__(self) -> str:
         lines = [f"{self.images} test images of {self.patients} patients; means over concepts; 95 % intervals", ""]
         lines.append(f"{'metric':<22}{'value':>8}  {'null':<20}{'null':>8}{'difference':>12}")
-        for s in self.to_table().itertuples():
-            interval = f"[{s.low:+.3f}, {s.high:+.3f}]"
+        for s in self.scores:
+            if s.concept != "mean":
+                continue
+            interval = f"[{s.ci95[0]:+.3f}, {s.ci95[1]:+.3f}]"
             value, null = f"{s.value:>8.3f}", f"{s.null_value:>8.3f}"
             lines.append(f"{s.metric:<22}{value}  {s.null:<20}{null}{s.difference:>+12.3f}  {interval}")
         found = ", ".join(f"{name} {share:.1%}" for name, share in self.discoveries.items())

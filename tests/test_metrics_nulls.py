@@ -13,6 +13,7 @@ from mechinterp.types import Dictionary, Placed
 from saes import SparseDictionary, TopK, r2
 from saes.metrics.arms import Task, measure
 from saes.metrics.images import image_activations, image_table
+from saes.metrics.pairs import RenderedPairs, rendered_pairs
 from saes.nulls.directions import DEFAULT, NonNegative, dictionary_nulls, ica, nmf, pca, random_directions, raw_neurons
 from saes.nulls.models import randomised
 from saes.nulls.probe import probe_bound, probe_inputs
@@ -220,6 +221,49 @@ def test_forms_of_the_card(card):
     assert card.discoveries["permuted labels"] <= 0.05 < card.discoveries["dictionary"]
     with pytest.raises(UsageError, match="beside"):
         card.find("AUROC", "tea leaves")
+
+
+def test_rendered_pairs_differ_in_one_factor():
+    from tiny_models import tiny
+
+    from mechinterp.data.phantom import Phantom
+    from mechinterp.models import HookedVLM
+
+    model, phantom = HookedVLM(*tiny("clip")), Phantom.sample(5, seed=1, size=64)
+    site = "vision.blocks.0.hook_resid_post"
+    pairs = rendered_pairs(model, site, phantom, ["portable", "drain"], batch_size=2)
+    without, present = pairs.activations["portable"]
+    assert without.shape == present.shape and not torch.equal(without, present)
+    batch = model.preprocess(phantom.do(portable=1).render().astype(np.float32) / 255)
+    expected = model.run_with_cache(batch, names_filter=site)[1][site][:, model.patch_tokens(batch)]
+    torch.testing.assert_close(present, expected, atol=1e-5, rtol=1e-5)
+    twin = Placed.sae(raw_neurons(without.flatten(0, 1), k=3), site)
+    off, on = pairs.encode(twin, "portable")
+    np.testing.assert_allclose(on, twin.dictionary.encode(expected).amax(1), atol=1e-4)
+    assert off.shape == on.shape == (5, 2 * without.shape[-1])
+    with pytest.raises(UsageError, match="not a binary factor"):
+        rendered_pairs(model, site, phantom, ["age"])
+    with pytest.raises(UsageError, match="the pairs are of"):
+        pairs.encode(Placed.sae(twin.dictionary, RESID[1]), "portable")
+
+
+def test_tapa_score_on_the_card(placed, store, data):
+    """Pairs made by hand: images without the square, and the same with what the square adds to its patch."""
+    index, x = store.index_of(SITE), store.site(SITE)[:].view(320, 16, D)
+    assert index["image"].nunique() == 320
+    off, on = (data.planted[:, 0] == value for value in (0, 1))
+    absent = x[torch.from_numpy(np.flatnonzero(off)[:40])]
+    present = absent.clone()
+    present[:, 6] = x[torch.from_numpy(np.flatnonzero(on)[:40]), 6]
+    pairs = RenderedPairs(placed.reads, {"square": (absent, present)}, np.arange(40).astype(str))
+    labels = {"square": data.planted[:, 0], "ramp": data.planted[:, 1]}
+    card = scorecard(placed, store, labels, nulls=("untrained",), pairs=pairs, draws=100)
+    found = card.find("TAPAScore", "untrained", "square")
+    assert found.value > 1.5 and np.isnan(card.find("TAPAScore", "untrained", "ramp").value)
+    assert card.find("TAPAScore", "untrained").value == found.value  # the mean is over concepts that have pairs
+    reverse = RenderedPairs(placed.reads, {"square": (present, absent)}, np.arange(40).astype(str))
+    turned = scorecard(placed, store, labels, nulls=("untrained",), pairs=reverse, draws=100)
+    assert turned.find("TAPAScore", "untrained", "square").value == -found.value
 
 
 def test_an_arm_compared_with_itself_differs_by_nothing(placed, store, data):

@@ -138,9 +138,8 @@ def splitting_rate(
     for column in np.asarray(labels).T:
         known = np.isfinite(np.asarray(column, np.float64))
         chosen = fbmp(fires[known], column[known], k)
-        scores = [
-            float(f_score(fires[known][:, list(chosen[:n])].any(1), column[known])) for n in range(1, len(chosen) + 1)
-        ]
+        on, y = fires[known], column[known]
+        scores = [f_score(np.any(on[:, list(chosen[:n])], axis=1), y) for n in range(1, len(chosen) + 1)]
         count = min(len(scores), 1)
         while count and count < len(scores) and scores[count] - scores[count - 1] >= gain:
             count += 1

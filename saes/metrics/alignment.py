@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Num, Shaped
@@ -49,6 +50,16 @@ def average_precision_table(
     return out
 
 
+@overload
+def average_precision(
+    scores: Num[np.ndarray, " image"], labels: Shaped[np.ndarray, " image"], weights: None = None
+) -> float: ...
+@overload
+def average_precision(
+    scores: Num[np.ndarray, " image"],
+    labels: Shaped[np.ndarray, " image"],
+    weights: Float[np.ndarray, "draw image"],
+) -> Float[np.ndarray, " draw"]: ...
 def average_precision(
     scores: Num[np.ndarray, " image"],
     labels: Shaped[np.ndarray, " image"],
@@ -82,6 +93,20 @@ def f_beta(
     return np.divide((1 + beta**2) * np.asarray(hits, np.float64), below, out=np.zeros(below.shape), where=below > 0)
 
 
+@overload
+def f_score(
+    predicted: Bool[np.ndarray, " image"],
+    labels: Shaped[np.ndarray, " image"],
+    weights: None = None,
+    beta: float = 1.0,
+) -> float: ...
+@overload
+def f_score(
+    predicted: Bool[np.ndarray, " image"],
+    labels: Shaped[np.ndarray, " image"],
+    weights: Float[np.ndarray, "draw image"],
+    beta: float = 1.0,
+) -> Float[np.ndarray, " draw"]: ...
 def f_score(
     predicted: Bool[np.ndarray, " image"],
     labels: Shaped[np.ndarray, " image"],

@@ -28,7 +28,7 @@ def image_table(store: ActivationStore, site: str | Site, split: str | None = No
     """One line an image that has rows at `site`: `image`, `patient`, `split`, in the order of the store."""
     index = store.index_of(site)
     index = index if split is None else index[index["split"] == split]
-    found = index.drop_duplicates("image")[["image", "patient", "split"]].reset_index(drop=True)
+    found = index.loc[~index.duplicated("image"), ["image", "patient", "split"]].reset_index(drop=True)
     if len(found) == 0:
         raise UsageError(f"has no row in split {split!r}", where=str(store.folder))
     return found.astype(str)

@@ -53,7 +53,7 @@ class Match:
 
     def fires(self, acts: Float[np.ndarray, "image latent"]) -> Bool[np.ndarray, " image"]:
         """Whether any of the latents is above its threshold."""
-        return (acts[:, list(self.latents)] > np.array(self.thresholds)).any(1)
+        return np.any(acts[:, list(self.latents)] > np.array(self.thresholds), axis=1)
 
 
 def match(
@@ -140,6 +140,6 @@ def tapa_score(without: Bool[np.ndarray, "pair latent"], present: Bool[np.ndarra
     pair made by an image editor need not obey. 2: always follows; 0: never moves; below 0: goes the wrong way. An
     empty S never moves.
     """
-    change = present.any(1).astype(np.float64) - without.any(1)
+    change = np.any(present, axis=1).astype(np.float64) - np.any(without, axis=1)
     added = float(change.mean()) if len(change) else float("nan")
     return TapaScore(2 * added, added, -added, change)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal, assert_never
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def ica(x: Float[Tensor, "row d"], k: int, seed: int = 0, steps: int = 200) -> S
         warnings.simplefilter("always")
         fitted = FastICA(whiten="unit-variance", max_iter=steps, random_state=seed).fit(x.double().numpy())
     converged = not any(issubclass(w.category, ConvergenceWarning) for w in said)
-    read, write = torch.from_numpy(fitted.components_.T).float(), torch.from_numpy(fitted.mixing_.T).float()
+    read, write = torch.from_numpy(fitted.components_.T).float(), torch.from_numpy(np.transpose(fitted.mixing_)).float()
     return _two_sided(read, write, x.mean(0), k, {"null": "ica", "seed": seed, "converged": converged})
 
 
@@ -147,7 +148,8 @@ def nmf(x: Float[Tensor, "row d"], factors: int, seed: int = 0, steps: int = 200
     floor = x.min(0).values
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = NMF(factors, init="nndsvda", max_iter=steps, random_state=seed).fit((x - floor).double().numpy())
+        fitted = NMF(factors, init="nndsvda", max_iter=steps, random_state=seed)  # type: ignore[arg-type]
+        fitted.fit((x - floor).double().numpy())
     return NonNegative(torch.from_numpy(fitted.components_).float(), floor)
 
 
