@@ -18,6 +18,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pandas
+import pyarrow.parquet
 import torch
 from store_fakes import RESID, FakeData, FakeModel, hashes
 
@@ -109,6 +111,7 @@ def trials(job, out: Path, kills: int, chance: random.Random) -> dict:
 def main() -> None:
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    assert pandas and pyarrow.parquet  # imported once, here: what a run would import late
     layout.SHARD_BYTES = 2**15
     chance = random.Random(seed)
     report = {"extraction": trials(extraction, folder / "store", kills * 2 // 3, chance)}

@@ -52,7 +52,11 @@ class Trainer:
         self.since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
         self.threshold = 0.0
         self._encoder = Encoder()
-        self._adam = torch.optim.Adam(list(self.weights.values()), lr=config.lr, betas=(0.9, 0.999), fused=True)
+        self._moments = {
+            f"{moment}.{name}": torch.zeros_like(weight)
+            for moment in ("exp_avg", "exp_avg_sq")
+            for name, weight in self.weights.items()
+        }
 
     @property
     def dead(self) -> Bool[Tensor, " latent"]:
@@ -72,9 +76,7 @@ class Trainer:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(found.gradients.values()))))
         if not (math.isfinite(found.loss) and bool(torch.isfinite(norm))):
             raise FloatingPointError("the loss or a gradient is not finite")
-        for name, weight in self.weights.items():
-            weight.grad = found.gradients[name]
-        self._update(norm)
+        self._update(found.gradients, norm)
         self.since_fired = torch.where(found.fired, 0, self.since_fired + 1)
         if found.smallest > 0:
             rate = self._threshold_rate()
@@ -82,12 +84,30 @@ class Trainer:
         self.done += 1
         return found.loss
 
-    def _update(self, norm: Tensor) -> None:
-        """Adam on gradients whose norm is clipped; the fused kernel does the clipping as it reads them."""
-        self._adam.param_groups[0]["lr"] = self.config.lr * self._rate()
-        self._adam.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0)
-        self._adam.found_inf = None
-        self._adam.step()
+    def _update(self, gradients: dict[str, Tensor], norm: Tensor) -> None:
+        """Adam on gradients whose norm is clipped, by the kernel of `torch.optim.Adam(fused=True)`.
+
+        It divides the gradients by `grad_scale` as it reads them, which is the clipping, without another pass. The
+        optimizer class itself is left out: making one imports torch's compiler, which takes two seconds.
+        """
+        names, device = list(self.weights), norm.device
+        torch._fused_adam_(
+            list(self.weights.values()),
+            [gradients[name].contiguous() for name in names],
+            [self._moments[f"exp_avg.{name}"] for name in names],
+            [self._moments[f"exp_avg_sq.{name}"] for name in names],
+            [],
+            [torch.tensor(self.done + 1.0, device=device) for _ in names],
+            lr=self.config.lr * self._rate(),
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=((norm + 1e-6) / MAX_NORM).clamp(min=1.0),
+            found_inf=None,
+        )
 
     def _rate(self) -> float:
         """Learning rate of this step beside the peak: up over the first 5 % of the steps, down over the last 20 %."""
@@ -117,18 +137,14 @@ class Trainer:
         """Everything that the next step depends on: tensors, and numbers that JSON keeps exactly."""
         tensors = {f"weight.{name}": tensor for name, tensor in self.weights.items()}
         tensors["since_fired"] = self.since_fired
-        for name, weight in self.weights.items():
-            entry = self._adam.state.get(weight, {})
-            tensors |= {f"adam.{name}.{key}": value for key, value in entry.items()}
+        tensors |= {f"adam.{name}": tensor for name, tensor in self._moments.items()}
         return tensors, {"n_training_steps": self.done, "threshold": self.threshold}
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Go back to a saved state."""
         for name, weight in self.weights.items():
             weight.copy_(tensors[f"weight.{name}"])
-            begin = f"adam.{name}."
-            entry = {key.removeprefix(begin): tensors[key] for key in tensors if key.startswith(begin)}
-            if entry:
-                self._adam.state[weight] = {key: value.to(weight.device, copy=True) for key, value in entry.items()}
+        for name, moment in self._moments.items():
+            moment.copy_(tensors[f"adam.{name}"])
         self.since_fired = tensors["since_fired"].to(self.since_fired.device, copy=True)
         self.done, self.threshold = int(numbers["n_training_steps"]), float(numbers["threshold"])
