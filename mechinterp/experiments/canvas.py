@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["COLOURS", "GREY", "INK", "axes_of", "canvas", "heat", "png"]
+__all__ = ["COLOURS", "GREY", "INK", "axes_of", "canvas", "heat", "log_ticks", "png"]
 
 INK, GREY = "#202124", "#80868b"
 COLOURS = ("#1f5fa8", "#c2410c", "#1b6e3c", "#7b3fa0", "#a88a00", "#5f6368")
@@ -35,6 +36,13 @@ def axes_of(axes: Any, title: str, x: str = "", y: str = "") -> Any:
     return axes
 
 
+def log_ticks(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic x axis with ticks at `values` only, written plainly."""
+    axes.set_xscale("log")
+    axes.set_xticks(list(values), [f"{value:g}" for value in values])
+    axes.set_xticks([], minor=True)
+
+
 def heat(figure: Any, axes: Any, matrix: Any, rows: list[str], columns: list[str], title: str, limit: float) -> None:
     """A matrix with named rows and columns, blue below 0 and red above, its values written in."""
     axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
@@ -46,7 +54,15 @@ def heat(figure: Any, axes: Any, matrix: Any, rows: list[str], columns: list[str
     for i, line in enumerate(matrix):
         for j, value in enumerate(line):
             dark = abs(value) > 0.6 * limit
-            axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=6.5, color="white" if dark else INK)
+            axes.text(
+                j,
+                i,
+                f"{value + 0.0 if abs(value) >= 0.05 else 0.0:.1f}",
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color="white" if dark else INK,
+            )
     axes.set_title(title, fontsize=10, color=INK, loc="left")
 
 

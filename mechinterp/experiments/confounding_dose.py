@@ -45,10 +45,10 @@ class Sizes:
     models: tuple[str, ...] = ("phantom-clip", "phantom-clip-shortcut")
     doses: tuple[float, ...] = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 1.0)
     kinds: tuple[str, ...] = ("topk", "batchtopk", "matryoshka", "jumprelu")
-    train: int = 2400
-    test: int = 600
+    train: int = 2000
+    test: int = 500
     seeds: int = 2
-    epochs: int = 100
+    epochs: int = 90
     draws: int = 200
 
 

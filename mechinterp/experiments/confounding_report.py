@@ -23,7 +23,7 @@ NOTES = (
     "shortcut of the same data drawn to equal size first; impossible at rho = 1, where two cells are empty. oracle: "
     "matched on the same patients drawn with rho = 0, the dictionary as trained: the most it allows.",
     "name: the finding or device that the finding's first latent truly follows most, on the rho = 0 phantoms.",
-    "The dictionaries stand on the CLS token after the last block, width 32, 6 active: where image-level findings meet.",
+    "The dictionaries stand on the CLS token after the last block, width 32, 6 active: where findings meet.",
 )
 
 
@@ -178,7 +178,7 @@ def _said(values: dict[str, float]) -> str:
 
 def _figure(doses: Sequence[Dose]) -> bytes:
     models, kinds = _values(doses, "model"), _values(doses, "kind")
-    figure, axes = canvas(len(models), 3, 12.5, 3.5 * len(models) + 0.6, sharey="col")
+    figure, axes = canvas(len(models), 3, 12.5, 3.5 * len(models) + 0.6, sharey=True)
     rhos = sorted(_values(doses, "rho"))
     for line, model in enumerate(models):
         for column, how in enumerate(("naive", "balanced", "oracle")):

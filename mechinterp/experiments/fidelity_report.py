@@ -88,14 +88,13 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 
 
 def _leakage(mine: list[Reading]) -> Leakage:
-    """Mean effects over the images with the factor, in sd over images of each output's removal-free score."""
+    """Mean effects over the images with the factor, in units of the true effect of each output's own factor."""
     asked = [r for r in mine if r.own is not None and r.present.sum() > 0]
     true = np.array([r.true[r.present].mean(0) for r in asked])
     ablated = np.array([r.ablated[r.present].mean(0) for r in asked])
     own = np.zeros(true.shape, bool)
     for i, r in enumerate(asked):
         own[i, r.own] = True
-    # each output in units of its own factor's true effect, where it has one here
     unit = np.array([abs(true[own[:, b], b][0]) if own[:, b].any() else np.nan for b in range(true.shape[1])])
     kept = np.isfinite(unit) & (unit > 0)
     return leakage(true[:, kept] / unit[kept], ablated[:, kept] / unit[kept], own[:, kept])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
+from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, log_ticks, png
 from mechinterp.experiments.result import Claim, Result, Row, Table
 from mechinterp.metrics.statistics import Interval, PatientBootstrap, percentile_interval
 from mechinterp.progress import progress
@@ -280,7 +280,7 @@ def _figure(cells: Sequence[Cell]) -> bytes:
         a.vlines(x, *np.array([cell.interval for cell in line]).T, color=colour, linewidth=1)
         a.plot(x, [cell.floor for cell in line], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
     a.plot([], [], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="random directions")
-    a.set_xscale("log")
+    log_ticks(a, sorted({cell.probability for cell in toy}))
     a.set_ylim(0, 1.02)
     a.legend(fontsize=8, frameon=False)
     axes_of(b, "b  corrected MCC by correlation", "correlation of pairs", "(MCC - floor) / (1 - floor)")
@@ -300,7 +300,7 @@ def _figure(cells: Sequence[Cell]) -> bytes:
         mine = [x for x in toy if x.kind == kind and x.correlation == correlations[0]]
         mine = sorted(mine, key=lambda x: x.probability)
         c.plot(x, [cell.poly_latents for cell in mine], "o-", color=colour, markersize=4, label=f"latents, {kind}")
-    c.set_xscale("log")
+    log_ticks(c, sorted({cell.probability for cell in toy}))
     c.set_ylim(0, 1)
     c.legend(fontsize=8, frameon=False)
     return png(figure)

@@ -108,7 +108,7 @@ def fidelity(
 
 @dataclass(frozen=True)
 class Leakage:
-    """Mean effects of every factor on every output, in sd of the output, over the images with the factor.
+    """Mean effects of every factor on every output, over the images with the factor, in whatever unit they came in.
 
     Fields:
         true, ablated: `[factor, output]`.
