@@ -143,6 +143,18 @@ def test_every_text_is_shown_as_text(made):
     assert "alert(1)" in text and "<script>alert" not in text
 
 
+def test_the_page_says_when_an_untrained_dictionary_does_as_well(made):
+    from dataclasses import replace
+
+    from saes.gallery.page import _better, _short
+
+    names = tuple(replace(made.naming.names[0], feature=i) for i in range(40))
+    assert _better(replace(made.naming, names=names, decoys=100, decoys_named=3))
+    assert not _better(replace(made.naming, names=names, decoys=100, decoys_named=98))
+    assert not _better(replace(made.naming, names=(), decoys=100, decoys_named=3))
+    assert [_short(n) for n in ("findings:Edema", "not a:b", "view=AP", "")] == ["Edema", "not b", "view=AP", ""]
+
+
 def test_the_same_seed_gives_the_same_table(toy, made, tmp_path):
     model, data, placed = toy
     again = catalogue(model, data, placed, out=tmp_path, top=5, tokens="patch", others=[placed])

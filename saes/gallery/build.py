@@ -22,7 +22,7 @@ from mechinterp.data import ImageData
 from mechinterp.errors import DataError
 from mechinterp.interventions import Tokens
 from mechinterp.models import HookedVLM
-from mechinterp.models.tables import Dual, Features
+from mechinterp.models.tables import Dual, Features, Generative
 from mechinterp.types import Placed, Target
 from saes.gallery.facts import Push, pushes, sample, stability
 from saes.gallery.observe import Observed, batch_of, choose_rows, observe
@@ -44,6 +44,7 @@ __all__ = ["Catalogue", "catalogue"]
 SHOWN = 40
 ALIGN_IMAGES = 120
 EFFECT_IMAGES = 120
+SPOKEN_IMAGES = 16  # the same for a generative model, where each edit costs a pass through the language model
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,8 @@ def catalogue(
     naming = name_features(observed.strongest, concepts, observed.patients, test, *observed.twins, said=said, seed=seed)
     push = None
     if target is not None and naming.names:
-        images = sample(observed, test, EFFECT_IMAGES, seed)
+        most = SPOKEN_IMAGES if isinstance(model.table.head, Generative) else EFFECT_IMAGES
+        images = sample(observed, test, most, seed)
         live = [name.feature for name in naming.names]
         push = pushes(model, data, placed, target, observed, images, live, tokens)
     made = Catalogue(

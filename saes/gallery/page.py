@@ -62,6 +62,7 @@ def render(
         "signed": _signed,
         "percent": _percent,
         "range": _range,
+        "short": _short,
         "picture": lambda content: f"data:image/jpeg;base64,{base64.b64encode(content).decode()}",
     }
     environment.finalize = _clean
@@ -99,6 +100,7 @@ def _about(made: Catalogue, table: Any) -> dict[str, Any]:
         "decoys": naming.decoys,
         "decoys_named": naming.decoys_named,
         "agreement": _agreement(naming),
+        "better": _better(naming),
         "concepts_named": len({name.concept for name in naming.named}),
         "concepts": len(naming.concepts),
         "test_images": int(test.sum()),
@@ -119,6 +121,16 @@ def _about(made: Catalogue, table: Any) -> dict[str, Any]:
         "seed": made.seed,
         "command": shlex.join(parts),
     }
+
+
+def _better(naming: Naming) -> bool:
+    """Whether clearly more features are named than an untrained dictionary gets named (two-proportion z > 1.96)."""
+    n, m, a, b = len(naming.names), naming.decoys, len(naming.named), naming.decoys_named
+    if not n or not m:
+        return False
+    pooled = (a + b) / (n + m)
+    error = (pooled * (1 - pooled) * (1 / n + 1 / m)) ** 0.5
+    return a / n - b / m > 1.96 * error > 0
 
 
 def _agreement(naming: Naming) -> dict[str, Any] | None:
@@ -177,6 +189,15 @@ def _clean(value: Any) -> Any:
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return "–" if value is None else value
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t" else c for c in value)
+
+
+def _short(name: str | None) -> str | None:
+    """`findings:Edema` reads Edema; `view=AP` stays."""
+    if not name:
+        return name
+    negated = "not " if name.startswith("not ") else ""
+    column, found, value = name.removeprefix("not ").partition(":")
+    return f"{negated}{value}" if found and value and " " not in column else name
 
 
 def _missing(value: float | None) -> bool:
