@@ -1,5 +1,7 @@
 """Image-level activations: the largest over an image's tokens, whatever the order and the chunks."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from mechinterp.errors import UsageError
 from mechinterp.types import Placed
 from saes import TopKConfig, evaluate, untrained
 from saes.metrics import image_activations, image_table
-from saes.metrics.images import image_errors, pooled_site
+from saes.metrics.images import Pool, image_errors, pooled_site
 
 SITE = RESID[2]
 
@@ -29,7 +31,8 @@ def placed(store) -> Placed:
 @pytest.mark.parametrize("split", ["test", None])
 def test_maximum_and_mean_over_tokens(store, placed, split, monkeypatch):
     index = store.index_of(SITE)
-    for pool, reduce in (("max", np.max), ("min", np.min), ("mean", np.mean)):
+    reductions: dict[Pool, Any] = {"max": np.max, "min": np.min, "mean": np.mean}
+    for pool, reduce in reductions.items():
         acts, images, patients = image_activations(placed, store, split, pool)
         raw = pooled_site(store, SITE, split, pool)
         assert acts.dtype == np.float32 and len(set(images)) == len(images) == len(acts) == len(raw)
@@ -65,3 +68,12 @@ def test_an_empty_split_is_told(store, placed):
     with pytest.raises(UsageError, match="no row in split 'nowhere'"):
         image_activations(placed, store, "nowhere")
     assert torch.isfinite(torch.from_numpy(image_activations(placed, store)[0])).all()
+
+
+def test_every_metric_can_be_imported_from_the_package():
+    import saes.metrics
+
+    for name in saes.metrics.__all__:
+        assert callable(getattr(saes.metrics, name)), name
+    with pytest.raises(AttributeError, match="tea_leaves"):
+        _ = saes.metrics.tea_leaves

@@ -137,7 +137,7 @@ class Sorted:
         order = np.argsort(-acts, axis=0, kind="stable")
         at = np.take_along_axis(acts, order, 0)
         below = np.maximum(np.vstack([at[1:], np.zeros((1, acts.shape[1]), at.dtype)]), 0)
-        return cls(order, at, (at.astype(np.float64) + below) / 2, (at > below) & (at > 0))
+        return cls(order, at, (at.astype(np.float64) + below) / 2, at > below)
 
     def best(
         self, labels: Shaped[np.ndarray, " image"], beta: float = 1.0
@@ -245,10 +245,11 @@ def feature_tests(
     p is normal with that spread, so that p can be smaller than 1 / permutations.
     """
     labels = np.asarray(labels, np.float64)
+    owner = np.unique(patients, return_inverse=True)[1]
     aurocs, p = auroc_table(acts, labels), np.full((acts.shape[1], labels.shape[1]), np.nan)
     for concepts, known in known_groups(labels):
         ranks, y = _centred_ranks(acts[known]), labels[known][:, concepts] > 0.5
-        moved = [permuted_rows(patients[known], seed * permutations + i) for i in range(permutations)]
+        moved = [permuted_rows(owner[known], seed * permutations + i) for i in range(permutations)]
         shuffled = np.stack([_aurocs(ranks, y[rows]) for rows in moved])
         spread = shuffled.std(0)
         z = np.divide(aurocs[:, concepts] - 0.5, spread, out=np.zeros(spread.shape), where=spread > 0)

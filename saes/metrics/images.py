@@ -26,9 +26,12 @@ CHUNK = 8192
 
 def image_table(store: ActivationStore, site: str | Site, split: str | None = None) -> pd.DataFrame:
     """One line an image that has rows at `site`: `image`, `patient`, `split`, in the order of the store."""
+    import pandas as pd
+
     index = store.index_of(site)
     index = index if split is None else index[index["split"] == split]
-    found = index.loc[~index.duplicated("image"), ["image", "patient", "split"]].reset_index(drop=True)
+    first = ~pd.Index(index["image"]).duplicated()
+    found = index.loc[first, ["image", "patient", "split"]].reset_index(drop=True)
     if len(found) == 0:
         raise UsageError(f"has no row in split {split!r}", where=str(store.folder))
     return found.astype(str)
