@@ -200,6 +200,7 @@ def _extract(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from mechinterp.activations import ActivationStore
     from saes.choices import chosen
+    from saes.config import TranscoderConfig
     from saes.metrics import evaluate
     from saes.sweep import train_sweep
     from saes.train import train_sae, train_transcoder
@@ -207,19 +208,21 @@ def _train(args: argparse.Namespace) -> None:
     store, out = ActivationStore(args.store), _out(args)
     configs = chosen(args.kind, args.width, args.k, args.epochs, args.penalty, args.skip, args.sparsity)
     options = {"seed": args.seed, "tokens": args.tokens}
-    if args.kind == "transcoder":
-        if not (args.reads and args.writes) or len(configs) > 1:
+    coders = [config for config in configs if isinstance(config, TranscoderConfig)]
+    encoders = [config for config in configs if not isinstance(config, TranscoderConfig)]
+    if coders:
+        if not (args.reads and args.writes) or len(coders) > 1:
             raise UsageError("a transcoder needs --reads and --writes, one --k and one --width", where="--kind")
-        placed = train_transcoder(store, args.reads, args.writes, configs[0], out, **options)
+        placed = train_transcoder(store, args.reads, args.writes, coders[0], out, **options)
     else:
         if args.site is None and len(store.sites) != 1:
             raise UsageError(f"the store holds {', '.join(store.sites)}", where="--site", hint="name one of them")
         site = args.site or store.sites[0]
-        if len(configs) > 1:
-            print(train_sweep(store, site, configs, out, **options).table())
+        if len(encoders) > 1:
+            print(train_sweep(store, site, encoders, out, **options).table())
             print(f"dictionaries: {out} (* is the one to take)")
             return
-        placed = train_sae(store, site, configs[0], out, **options)
+        placed = train_sae(store, site, encoders[0], out, **options)
     split = next((name for name in ("test", "val", "train") if len(store.rows(placed.reads, name))), "train")
     print(f"dictionary: {out}")
     print(json.dumps(evaluate(placed, store, split).to_dict(), indent=2))

@@ -56,6 +56,10 @@ class SparseDictionary(nn.Module):
         r_mag, b_mag: `[d_sae]`, for Gated.
     """
 
+    W_skip: nn.Parameter | None
+    r_mag: nn.Parameter | None
+    b_mag: nn.Parameter | None
+
     def __init__(
         self,
         W_enc: Float[Tensor, "d_in d_sae"],

@@ -39,7 +39,7 @@ def untrained(
 
     if k is None:
         target = config.target_l0 if isinstance(config, JumpReLUConfig) else None
-        k = getattr(config, "k", None) or max(1, round(target or config.width / 32))
+        k = int(getattr(config, "k", 0)) or max(1, round(target or config.width / 32))
     info = {"untrained": True, "seed": seed, "config": config.to_dict()}
     encoder = directions(d_in)
     at = torch.zeros(d_in) if mean is None else mean.detach().clone().float()

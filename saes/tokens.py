@@ -31,7 +31,7 @@ def rows_for(placed: Placed, store: ActivationStore, split: str | None = None) -
     if kinds is None:
         return rows
     held = store.index_of(placed.reads)["kind"]
-    fits = held.isin(kinds).to_numpy()
+    fits = held.isin(sorted(kinds)).to_numpy()
     if not fits.any():
         raise UsageError(
             f"holds {', '.join(sorted(held.unique()))} tokens, the dictionary reads {', '.join(sorted(kinds))}",

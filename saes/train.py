@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mechinterp.activations import ActivationStore
-from mechinterp.errors import NonFiniteError, StorageError
+from mechinterp.errors import NonFiniteError, StorageError, UsageError
 from mechinterp.progress import progress
 from mechinterp.storage import MANIFEST
 from mechinterp.types import Placed, Site
@@ -105,6 +105,9 @@ class Run:
         self.reads, self.writes = Site.parse(reads), Site.parse(writes)
         self.tokens = tokens or store.request.tokens
         transcodes = isinstance(config, TranscoderConfig)
+        if transcodes != (self.reads != self.writes):
+            hint = "a transcoder has two, and a TranscoderConfig; an SAE has one"
+            raise UsageError(f"reads {self.reads} and writes {self.writes}", where=type(config).__name__, hint=hint)
         where = {"reads": str(self.reads), "writes": str(self.writes)} if transcodes else {"site": str(self.reads)}
         self.asked = {**where, "config": config.to_dict(), "seed": seed, "store": store.sha256, "tokens": self.tokens}
         self.data: TrainingData

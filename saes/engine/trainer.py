@@ -73,7 +73,7 @@ class Trainer:
             self.weights["threshold"].clamp_(min=0.0)
         y = x if y is None else y
         found = gradients(self.config, self.weights, x, y, self.dead, self._warm(), self._encoder)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(found.gradients.values()))))
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in found.gradients.values()]))
         if not (math.isfinite(found.loss) and bool(torch.isfinite(norm))):
             raise FloatingPointError("the loss or a gradient is not finite")
         self._update(found.gradients, norm)
@@ -91,7 +91,7 @@ class Trainer:
         optimizer class itself is left out: making one imports torch's compiler, which takes two seconds.
         """
         names, device = list(self.weights), norm.device
-        torch._fused_adam_(
+        torch.ops.aten._fused_adam_(
             list(self.weights.values()),
             [gradients[name].contiguous() for name in names],
             [self._moments[f"exp_avg.{name}"] for name in names],
