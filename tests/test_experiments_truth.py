@@ -95,15 +95,20 @@ def test_leakage_sees_what_lands_on_other_outputs():
     assert spilled.off_ablated == pytest.approx(0.5) and spilled.off_true == 0
 
 
-def test_merged_and_split_factors_are_named():
+def test_merged_split_and_absorbed_factors_are_named():
     def match(latents, f1):
         return Match(latents, (0.0,) * len(latents), f1)
 
-    found = {"a": match((0,), 0.9), "b": match((0,), 0.8), "c": match((1, 2), 0.9)}
-    single = {"a": match((0,), 0.9), "b": match((0,), 0.8), "c": match((1,), 0.6)}
-    shape = overlaps(found, single)
-    assert shape["a"].merged == ("b",) and shape["b"].merged == ("a",) and shape["c"].merged == ()
-    assert [shape[n].split for n in "abc"] == [False, False, True]
+    has = {name: RNG.random(400) < 0.4 for name in "abcde"}
+    acts = np.stack([has["a"], has["c"], has["c"], has["d"] & ~has["a"], has["e"]], axis=1).astype(np.float32)
+    found = {"a": match((0,), 0.9), "b": match((0,), 0.8), "c": match((1, 2), 0.9), "d": match((3,), 0.8)}
+    single = {"a": match((0,), 0.9), "b": match((0,), 0.8), "c": match((1,), 0.6), "d": match((3,), 0.8)}
+    found["e"] = single["e"] = match((0,), 0.5)  # no better than always saying yes: shares nothing that means anything
+    shape = overlaps(found, single, acts, has)
+    assert shape["a"].merged == ("b",) and shape["b"].merged == ("a",)
+    assert shape["c"].merged == shape["d"].merged == shape["e"].merged == ()
+    assert [shape[n].split for n in "abcde"] == [False, False, True, False, False]
+    assert shape["d"].absorbed == ("a",) and shape["a"].absorbed == shape["c"].absorbed == ()
 
 
 def confounded(rho: float, n: int = 2000, seed: int = 0):

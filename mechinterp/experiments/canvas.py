@@ -12,7 +12,7 @@ INK, GREY = "#202124", "#80868b"
 COLOURS = ("#1f5fa8", "#c2410c", "#1b6e3c", "#7b3fa0", "#a88a00", "#5f6368")
 
 
-def canvas(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+def canvas(rows: int, columns: int, width: float | int, height: float | int, **options: Any) -> tuple[Any, Any]:
     """A figure and its axes `[rows, columns]` (inches)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

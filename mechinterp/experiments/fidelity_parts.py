@@ -18,9 +18,9 @@ from saes.metrics.alignment import f_score
 from saes.metrics.matching import Match
 from saes.truth.cohort import Cohort, Removal, batch_of, scores
 from saes.truth.fidelity import Fidelity, fidelity
-from saes.truth.readings import Acts, effect_of_sets, patched
+from saes.truth.readings import Acts, Overlap, effect_of_sets, patched
 
-__all__ = ["Material", "Reading", "all_effects", "compare", "gain_interval", "true_effects"]
+__all__ = ["Material", "Reading", "Truth", "all_effects", "compare", "gain_interval", "true_effects"]
 
 Effects = dict[str, Float[np.ndarray, "repeat factor image target"]]
 
@@ -51,10 +51,10 @@ class Reading:
             "trained" and "untrained".
         gain_ci95: interval of f1 trained minus untrained.
         probe: AUROC of a linear probe of the site (mean over the tokens) on test patients.
-        split, merged: see `saes.truth.readings.Overlap`.
+        shape: whether the factor is split, merged or absorbed.
         effect: ablation against removal on the factor's own output; "zero", "mean", "resample", "untrained", "random"
             (a list's mean), "patch matched", "patch all". Empty where the model is not asked for the factor.
-        true, ablated: `[image, target]` effects of the removal and of zero ablation.
+        true, ablated: `[image, target]` effects of the removal and of zero ablation; in sd of the output.
     """
 
     model: str
@@ -66,8 +66,7 @@ class Reading:
     f1_zero: dict[str, float]
     gain_ci95: Interval
     probe: float
-    split: bool
-    merged: tuple[str, ...]
+    shape: Overlap
     effect: dict[str, list[Fidelity]]
     own: int | None
     present: Bool[np.ndarray, " image"]
@@ -85,14 +84,22 @@ class Reading:
         return self.effect["zero"][0].r2 if self.effect else float("nan")
 
 
-def true_effects(model: HookedVLM, material: Material) -> dict[str, Float[np.ndarray, "image target"]]:
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What is true of a model: effects of removing each factor, and the sd of each output over the test images."""
+
+    effects: dict[str, Float[np.ndarray, "image target"]]
+    spread: Float[np.ndarray, " target"]
+
+
+def true_effects(model: HookedVLM, material: Material) -> Truth:
     """`f(I) - f(I under do(factor = 0))` of every test image; exactly 0 where the factor is absent."""
     clean = scores(model, material.test.rendered, material.targets)
     found = {}
     for name, removal in material.removed.items():
         found[name] = np.zeros_like(clean)
         found[name][removal.rows] = clean[removal.rows] - scores(model, removal.rendered, material.targets)
-    return found
+    return Truth(found, clean.std(0))
 
 
 def all_effects(

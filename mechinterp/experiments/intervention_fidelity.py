@@ -11,13 +11,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
 
 from mechinterp.activations import ActivationStore, extract
 from mechinterp.audit.probe import logistic_scores
@@ -25,6 +23,7 @@ from mechinterp.data.phantom import FACTORS, Phantom
 from mechinterp.experiments.fidelity_parts import (
     Material,
     Reading,
+    Truth,
     all_effects,
     compare,
     gain_interval,
@@ -91,10 +90,10 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
     readings: list[Reading] = []
     for name in size.models:
         model = HookedVLM.from_pretrained(name)
-        true = true_effects(model, material)
+        truth = true_effects(model, material)
         with tempfile.TemporaryDirectory() as scratch:
             for spec in progress(specs(model, size), f"dictionaries of {name}", unit="dictionary"):
-                readings += judge(model, spec, material, true, size, Path(scratch))
+                readings += judge(model, spec, material, truth, size, Path(scratch))
     return report(readings, [target.name for target in material.targets])
 
 
@@ -119,7 +118,7 @@ def judge(
     model: HookedVLM,
     spec: Spec,
     material: Material,
-    true: Mapping[str, Float[np.ndarray, "image target"]],
+    truth: Truth,
     size: Sizes,
     scratch: Path,
 ) -> list[Reading]:
@@ -137,7 +136,8 @@ def judge(
     labels = {n: np.r_[fit.has(n)[train], fit.has(n)[val], test.has(n)].astype(np.float64) for n in size.factors}
     found = {kind: matches(a, labels) for kind, a in acts.items()}
     zero = {kind: matches(a, labels, thresholds="zero") for kind, a in acts.items()}
-    shape = overlaps(found["trained"], matches(acts["trained"], labels, k=1))
+    has, single = {n: test.has(n) for n in size.factors}, matches(acts["trained"], labels, k=1)
+    shape = overlaps(found["trained"], single, acts["trained"].of("test"), has)
     sets = {kind: [m.latents for m in f.values()] for kind, f in found.items()}
     effects = all_effects(model, pair, spec.tokens, material, sets, size.random_sets)
     readings = []
@@ -154,13 +154,12 @@ def judge(
                 f1_zero={kind: f[name].f1 for kind, f in zero.items()},
                 gain_ci95=gain_interval(mine, acts, test.has(name), material.bootstrap),
                 probe=auroc(logistic_scores(probes[0], fit.has(name)[train], probes[1]), test.has(name)),
-                split=shape[name].split,
-                merged=shape[name].merged,
-                effect=compare(name, {how: e[:, number] for how, e in effects.items()}, material, true[name]),
+                shape=shape[name],
+                effect=compare(name, {how: e[:, number] for how, e in effects.items()}, material, truth.effects[name]),
                 own=material.own(name),
                 present=test.has(name),
-                true=true[name],
-                ablated=effects["zero"][0, number],
+                true=truth.effects[name] / truth.spread,
+                ablated=effects["zero"][0, number] / truth.spread,
             )
         )
     return readings

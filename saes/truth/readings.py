@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from mechinterp.activations import ActivationStore
 from mechinterp.interventions import set_effects, token_mask
@@ -47,26 +47,60 @@ def matches(
     return {name: match(acts.values, y, acts.split, k=k, thresholds=thresholds) for name, y in labels.items()}
 
 
+SPLIT, GENUINE, ABSORBED, FEW = 0.05, 0.1, 0.3, 10
+
+
 @dataclass(frozen=True)
 class Overlap:
-    """How a factor's latents stand to those of other factors.
+    """How a factor's latents stand to the factor and to other factors, on test images.
 
     Fields:
         split: the union of the matched latents beats the best single one by more than 0.05 of F1: parts of the factor.
-        merged: factors with which it shares a matched latent.
+        merged: factors with which it shares a matched latent; both matches must beat F1 of always saying yes by 0.1.
+        absorbed: factors in whose presence its latents find it less often, by 0.3 of recall or more: others take over.
     """
 
     split: bool
     merged: tuple[str, ...]
+    absorbed: tuple[str, ...]
 
 
-def overlaps(found: dict[str, Match], single: dict[str, Match]) -> dict[str, Overlap]:
-    """Splitting and merging, from matches with up to k latents and with one."""
+def overlaps(
+    found: dict[str, Match],
+    single: dict[str, Match],
+    acts: Float[np.ndarray, "image latent"],
+    has: dict[str, Bool[np.ndarray, " image"]],
+) -> dict[str, Overlap]:
+    """Splitting, merging and absorption, from matches with up to k latents (`found`) and with one (`single`).
+
+    `acts` and `has` are of the test images. Absorption is looked for where 10 images or more have both factors, and
+    10 the one alone.
+    """
+    genuine = {name for name, m in found.items() if m.f1 >= _always(has[name]) + GENUINE}
     out = {}
     for name, mine in found.items():
-        shared = [o for o, other in found.items() if o != name and set(other.latents) & set(mine.latents)]
-        out[name] = Overlap(len(mine.latents) > 1 and mine.f1 > single[name].f1 + 0.05, tuple(shared))
+        others = [o for o in found if o != name]
+        shared = [o for o in others if {name, o} <= genuine and set(found[o].latents) & set(mine.latents)]
+        fires = mine.fires(acts)
+        silent = [o for o in others if name in genuine and _lost(fires, has[name], has[o]) >= ABSORBED]
+        split = len(mine.latents) > 1 and mine.f1 > single[name].f1 + SPLIT
+        out[name] = Overlap(split, tuple(shared), tuple(silent))
     return out
+
+
+def _always(there: Bool[np.ndarray, " image"]) -> float:
+    """F1 of saying yes to every image."""
+    return float(2 * there.mean() / (1 + there.mean()))
+
+
+def _lost(
+    fires: Bool[np.ndarray, " image"], there: Bool[np.ndarray, " image"], other: Bool[np.ndarray, " image"]
+) -> float:
+    """Recall where the other factor is absent minus where it is present; 0 with too few images."""
+    both, alone = there & other, there & ~other
+    if min(both.sum(), alone.sum()) < FEW:
+        return 0.0
+    return float(fires[alone].mean() - fires[both].mean())
 
 
 def effect_of_sets(
