@@ -162,11 +162,14 @@ def scorecard(
             found |= measure_monosemanticity(acts, embeddings, task)
         if pairs is not None and its_store is store:
             found["TAPAScore"] = _tapa(arm, pairs, names, matches, draws, seed)
-        found["R2"] = _r2(arm, its_store, task)
+        if placed.reads == placed.writes:
+            found["R2"] = _r2(arm, its_store, task)
         measured[name] = found
         discoveries[name or "dictionary"] = _discoveries(acts, task, seed)
     measured[PROBE] = _probe(store, placed, task)
     notes += _untested(embeddings, pairs, others)
+    if placed.reads != placed.writes:
+        notes.append("R2: NOT TESTED, the nulls reconstruct what the transcoder reads, not what it writes")
     scores = [
         score
         for metric in measured[""]
@@ -200,7 +203,7 @@ def _compare(metric: str, null: str, mine: Measured, other: Measured, units: tup
     differences = mine.draws - other.draws
     both = np.isfinite(mine.value) & np.isfinite(other.value)
     out = []
-    if len(units) > 1 and both.any():
+    if units != ("mean",) and both.any():
         # a draw without any image of a concept leaves that concept out of that draw
         kept = differences[:, both]
         count = np.isfinite(kept).sum(1)

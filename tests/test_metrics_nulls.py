@@ -9,7 +9,7 @@ from store_fakes import RESID, FakeData, FakeModel
 
 from mechinterp.activations import extract
 from mechinterp.errors import UsageError
-from mechinterp.types import Dictionary, Placed
+from mechinterp.types import Dictionary, Placed, Site
 from saes import SparseDictionary, TopK, r2
 from saes.metrics.arms import Task, measure
 from saes.metrics.images import image_activations, image_table
@@ -268,7 +268,13 @@ def test_an_arm_compared_with_itself_differs_by_nothing(placed, store, data):
     same = scorecard(placed, store, labels, nulls=(), others={"itself": (placed, store)}, draws=50)
     for score in same.scores:
         if score.null == "itself":
+            assert score.concept in ("mean", "square")
             assert score.difference == 0 and score.ci95 == (0.0, 0.0)
+    transcoder = Placed(placed.dictionary, placed.reads, Site.parse("vision.blocks.2.hook_mlp_out"))
+    other = scorecard(transcoder, store, labels, nulls=("pca",), draws=50)
+    assert any(note.startswith("R2: NOT TESTED") for note in other.notes)
+    assert not any(score.metric == "R2" for score in other.scores)
+    assert other.find("F1", "pca").value == same.find("F1", "itself").value
     with pytest.raises(UsageError, match="no concept"):
         scorecard(placed, store, {"none": np.zeros(320)})
     with pytest.raises(UsageError, match="3 labels for 320 images"):

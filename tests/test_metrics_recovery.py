@@ -52,6 +52,7 @@ def test_recovery_of_a_split_and_merged_dictionary():
             truth[1] + 0.1 * truth[7],  # two latents for feature 1
             (truth[2] + truth[3]),  # one latent for two features: neither is recalled
             -truth[4],
+            truth[4:].sum(0),  # near to none of its four: it does not count for merging
             torch.zeros(8),  # dead
         ]
     )

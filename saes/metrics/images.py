@@ -86,7 +86,11 @@ def image_errors(
     """Summed over each image's tokens: `||x - x_hat||^2`, `||x - mean(x)||^2` (mean of the split), number of latents.
 
     R2 of any weighting of images is 1 minus the ratio of the first two (mean held), L0 the third over the tokens.
+
+    Raises UsageError for a transcoder, which does not reconstruct what it reads.
     """
+    if placed.reads != placed.writes:
+        raise UsageError("does not reconstruct what it reads", where=str(placed.reads), hint="see evaluate()")
     table = image_table(store, placed.reads, split)
     rows, image = _rows_of_images(store, placed.reads, split)
     activations = store.site(placed.reads)
