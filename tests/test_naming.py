@@ -26,9 +26,12 @@ from saes.naming import (
     standardised,
 )
 from saes.naming.association import associate, rivals
+from saes.naming.minilm import encoder, said_in
 from saes.naming.names import LEAST_AUROC, _live
 from saes.naming.proof import auroc_draws
 from tests.tiny_models import tiny
+
+WORDS = ["there", "is", "no", "pneumonia", "the", "bones", "are", "intact"]
 
 N = 400
 
@@ -273,6 +276,22 @@ def test_a_reading_is_the_preferred_prompt_or_the_upper_quartile():
     first, second = read_concepts(asked, scores, test)
     assert first.values.mean() == 0.5 and not first.labelled
     assert 0.2 < second.values.mean() < 0.3
+
+
+def test_reports_are_read_with_their_negations():
+    """With an encoder that counts words; and with the real one, where it is installed."""
+    reports = ["There is pneumonia . the bones are intact", "there is no pneumonia .", "the bones are intact", None]
+
+    def count(texts):
+        table = np.array([[text.lower().split().count(word) for word in WORDS] for text in texts], float)
+        return table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9)
+
+    for embed in (count, encoder()):
+        if embed is not None:
+            said = said_in(reports, ["pneumonia"], embed)[:, 0]
+            assert said[:3].tolist() == [1, 0, 0] and np.isnan(said[3])
+    assert said_in([None], ["pneumonia"], count).shape == (1, 1)
+    assert said_in(reports, [], count).shape == (4, 0)
 
 
 def test_the_twin_is_as_sparse_and_knows_nothing():

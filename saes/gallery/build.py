@@ -38,6 +38,7 @@ from saes.naming import (
     read_concepts,
     standardised,
 )
+from saes.naming.minilm import encoder, report_concepts
 
 __all__ = ["Catalogue", "catalogue"]
 
@@ -124,7 +125,11 @@ def catalogue(
     targets = ([] if target is None else [target]) + [phrase.target for phrase in asked]
     observed = observe(model, data, placed, rows, targets, tokens, seed)
     readings = observed.scores[:, len(targets) - len(asked) :]
-    concepts = [*attribute_concepts(data, rows, test), *read_concepts(asked, readings, test)]
+    concepts = attribute_concepts(data, rows, test)
+    embed = encoder() if any(data.reports) else None
+    concepts += report_concepts(data, rows, test, embed) if embed else []
+    taken = {concept.name for concept in concepts}
+    concepts += [concept for concept in read_concepts(asked, readings, test) if concept.name not in taken]
     said = _said(model, data, placed, observed, asked, concepts, tokens, seed)
     naming = name_features(observed.strongest, concepts, observed.patients, test, *observed.twins, said=said, seed=seed)
     push = None

@@ -137,7 +137,7 @@ def observe(
     joined = {name: np.concatenate(v) if v and name != "patches" else None for name, v in parts.items()}
     assert joined["strongest"] is not None and joined["scores"] is not None
     assert joined["twin"] is not None and joined["decoy"] is not None
-    patches = sparse.vstack(parts["patches"]).tocsc() if parts["patches"] else None
+    patches: Any = sparse.vstack(parts["patches"]).tocsc() if parts["patches"] else None
     assert patches is None or patches.shape[0] == len(rows) * size
     return Observed(
         rows=rows,

@@ -163,8 +163,8 @@ def _concepts(made: Catalogue) -> list[dict[str, Any]]:
                 "shown": best is not None and best.feature in made.shown,
             }
         )
-    order = {"finding": 0, "acquisition": 1, "demographic": 2, "other": 3, "text": 4}
-    return sorted(rows, key=lambda r: (order.get(r["kind"], 5), -(r["best"] or 0), r["name"]))
+    order = {"finding": 0, "acquisition": 1, "demographic": 2, "other": 3, "report": 4, "text": 5}
+    return sorted(rows, key=lambda r: (order.get(r["kind"], 6), -(r["best"] or 0), r["name"]))
 
 
 def _lines(table: Any, shown: set[int]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from mechinterp.data import ImageData
 from mechinterp.models import HookedVLM
 from mechinterp.types import Target
 
-__all__ = ["Concept", "Phrase", "attribute_concepts", "phrases", "read_concepts"]
+__all__ = ["Concept", "Phrase", "attribute_concepts", "attribute_of", "enough", "phrases", "read_concepts"]
 
 LEAST = 10  # images with the concept, and without it, that each side of the split needs
 
@@ -49,10 +49,10 @@ class Concept:
 
     Fields:
         name: what a feature would be called.
-        column: the metadata column it comes from, or "text".
-        kind: finding, acquisition, demographic, other, or "text".
+        column: the metadata column it comes from, "report" or "text".
+        kind: finding, acquisition, demographic, other, "report" or "text".
         values: 1, 0, or nan where nothing is known.
-        labelled: True when the metadata say so; False when it is the model's own reading of the image.
+        labelled: True when the metadata or the reports say so; False when it is the model's own reading of the image.
     """
 
     name: str
@@ -84,7 +84,7 @@ def attribute_concepts(
 ) -> list[Concept]:
     """Every attribute with at least ten images of each value on both sides of the split, for the images `rows`."""
     made = [Concept(a.name, a.column, a.kind, a.values[np.asarray(rows)].astype(np.float64)) for a in data.attributes]
-    return [concept for concept in made if _enough(concept.values, test)]
+    return [concept for concept in made if enough(concept.values, test)]
 
 
 def phrases(model: HookedVLM, data: ImageData) -> list[Phrase]:
@@ -98,7 +98,7 @@ def phrases(model: HookedVLM, data: ImageData) -> list[Phrase]:
     ]
     for synonyms in VOCABULARY:
         asked = [Target(w, f"a chest x-ray with {w}", f"a chest x-ray without {w}") for w in synonyms]
-        made = [Phrase(t.name, t, _attribute_of(synonyms, data)) for t in asked if _readable(model, t)]
+        made = [Phrase(t.name, t, attribute_of(synonyms, data)) for t in asked if _readable(model, t)]
         taken = any(_words(words) == _words(other.name) for words in synonyms for other in offered)
         offered += [] if taken else made[:1]
     for name, positive, negative, pattern in _PAIRS:
@@ -125,13 +125,14 @@ def read_concepts(
         if phrase.attribute is not None:
             continue
         values = (score > 0).astype(np.float64)
-        if not _enough(values, test):
+        if not enough(values, test):
             values = (score > np.quantile(score[~test], 0.75)).astype(np.float64)
         made.append(Concept(phrase.name, "text", "text", values, labelled=False))
-    return [concept for concept in made if _enough(concept.values, test)]
+    return [concept for concept in made if enough(concept.values, test)]
 
 
-def _enough(values: Float[np.ndarray, " n"], test: Bool[np.ndarray, " n"]) -> bool:
+def enough(values: Float[np.ndarray, " n"], test: Bool[np.ndarray, " n"]) -> bool:
+    """Whether both sides of the split hold ten images with, and ten without."""
     return all(int((values[side] == v).sum()) >= LEAST for side in (test, ~test) for v in (0, 1))
 
 
@@ -139,7 +140,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+", text.lower().replace("_", " "))) - _SMALL_WORDS
 
 
-def _attribute_of(synonyms: Sequence[str], data: ImageData) -> str | None:
+def attribute_of(synonyms: Sequence[str], data: ImageData) -> str | None:
     """The attribute whose words are all in a phrase, or hold all of it: "pulmonary edema", `findings:Edema`."""
     for attribute in data.attributes:
         value = attribute.name.removeprefix(f"{attribute.column}:")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -197,7 +198,7 @@ def _propose(
     labelled = np.array([c.labelled for c in concepts])
     spoken = int(np.nanargmax(np.abs(heard))) if np.isfinite(heard).any() else -1
     nearest = int(np.argmax(np.where(labelled, strength, -1))) if labelled.any() else -1
-    told: dict = {}
+    told: dict[str, Any] = {}
     if spoken >= 0:
         sign = "" if heard[spoken] > 0 else "not "
         told |= {"said": f"{sign}{concepts[spoken].name}", "alignment": float(abs(heard[spoken]))}
@@ -213,15 +214,15 @@ def _propose(
         return Name(feature, **told)
     present = bool(found.within[chosen, i] > 0)
     rival = int(found.rival[chosen, i])
-    return Name(
-        feature,
+    return replace(
+        Name(feature, **told),
         proposal=concepts[chosen].name if present else f"not {concepts[chosen].name}",
         concept=chosen,
         source=source,
         present=present,
         fit=0.5 + float(strength[chosen]),
         rival=concepts[rival].name if rival >= 0 else "",
-        **told | {"beats": chance.beaten(chosen, found.z[chosen, i])},
+        beats=chance.beaten(chosen, found.z[chosen, i]),
     )
 
 
@@ -252,7 +253,7 @@ def _prove(
         else float("nan")
     )
     top = np.argsort(-score, kind="stable")[: max(len(score) // 10, 1)]
-    numbers: dict = {
+    numbers: dict[str, Any] = {
         "auroc": plain,
         "ci95": percentile_interval(draws),
         "within": within,
