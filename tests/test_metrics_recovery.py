@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from mechinterp.errors import UsageError
 from saes.metrics.absorption import absorption, exact_absorption, merging_rate, splitting_rate
+from saes.metrics.matching import fbmp
 from saes.metrics.recovery import mcc, mcc_floor, reappearance, recovery, stability, uniqueness
 
 pytestmark = pytest.mark.xdist_group("saes")
@@ -186,6 +187,8 @@ def test_a_weak_latent_is_not_an_absorbed_one():
     child, fires = chance.random(4000) < 0.5, chance.random(4000) < 0.5
     found = exact_absorption(fires, child, parent, child)
     assert found.rate == pytest.approx(0.5, abs=0.04) and abs(found.gap) < 0.04
+    silent_child = exact_absorption(fires, child & (chance.random(4000) < 0.5), parent, child)
+    assert silent_child.rate == pytest.approx(0.25, abs=0.03)  # nothing took the parent's place on the other half
 
 
 def test_splitting_and_merging():
@@ -198,6 +201,9 @@ def test_splitting_and_merging():
     assert splitting_rate(halves, labels) == (1.0, (2, 2))
     assert splitting_rate(np.hstack([halves, whole]), labels) == (0.0, (1, 1))
     assert splitting_rate(np.zeros((100, 2), bool), labels[:, :1]) == (0.0, (0,))
+    nearly = np.zeros((100, 2), bool)
+    nearly[:49, 0] = nearly[49, 1] = True
+    assert fbmp(nearly, y) == (0, 1) and splitting_rate(nearly, labels[:, :1]) == (0.0, (1,))  # one image is no split
     rate, groups = merging_rate([4, 7, 4, None, 9, 4])
     assert rate == pytest.approx(3 / 5) and groups == ((0, 2, 5),)
     assert merging_rate([1, 2, 3]) == (0.0, ()) and np.isnan(merging_rate([None])[0])
