@@ -133,7 +133,8 @@ def test_sparse_and_dense_gates_agree(config, monkeypatch):
 @pytest.mark.parametrize("block", [7, 64, 1000])
 @pytest.mark.parametrize(("width", "k"), [(64, 3), (1000, 5), (513, 16), (40, 20)])
 def test_choice_is_that_of_torch_topk(width, k, block, monkeypatch):
-    monkeypatch.setattr(select, "BLOCK", block)
+    monkeypatch.setattr(select, "LEAST", block)
+    monkeypatch.setattr(select, "ENTRIES", 0)
     torch.manual_seed(width)
     W, b, encoder = torch.randn(width, 8), torch.randn(width), Encoder()
     W[: width // 2] *= 30  # the large ones sit together

@@ -24,8 +24,11 @@ from saes.engine.codes import SparseCodes
 
 __all__ = ["Encoder"]
 
-BLOCK = 1024
-"""Rows of a block on a CPU: large enough for the full speed of the product."""
+LEAST = 512
+"""Rows that a block has at least on a CPU: the product then runs at full speed."""
+
+ENTRIES = 2**22
+"""Entries of a block where that is more rows: 16 MiB, which a last-level cache holds."""
 
 MARGIN = 0.9
 """How far below the last batch's bound the guess is."""
@@ -36,16 +39,21 @@ class Encoder:
 
     def __init__(self):
         self._buffer = torch.empty(0, 0)
+        self._scaled = torch.empty(0, 0)
         self._guess = -1.0
+
+    def scaled(self, W: Float[Tensor, "latent d"], by: Float[Tensor, " latent"]) -> Float[Tensor, "latent d"]:
+        """Rows of `W` times a number each, in memory that is used again at the next step."""
+        if self._scaled.shape != W.shape or self._scaled.device != W.device:
+            self._scaled = torch.empty_like(W)
+        return torch.mul(W, by[:, None], out=self._scaled)
 
     def row_topk(
         self, x: Float[Tensor, "row d"], W: Float[Tensor, "latent d"], b: Float[Tensor, " latent"], k: int
     ) -> tuple[SparseCodes, Float[Tensor, " code"]]:
         """The `k` largest entries of each row and their values, those that are positive."""
         found = [_row_topk(block, k) for _, block in self._blocks(x, W, b)]
-        sizes = torch.tensor([0, *(len(row) for row, _, _ in found[:-1])]).cumsum(0)
-        firsts = torch.arange(len(found)) * self._rows_of_block(x)
-        assert len(sizes) == len(firsts)
+        firsts = torch.arange(len(found)) * _rows_of_block(x, len(W))
         row = torch.cat([row + first for (row, _, _), first in zip(found, firsts.tolist(), strict=True)])
         latent, value = torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
         return SparseCodes(row, latent, len(x), len(W)), value
@@ -106,17 +114,18 @@ class Encoder:
             values.append(block.reshape(-1)[flat])
         return torch.cat(flats), torch.cat(values), guess
 
-    def _rows_of_block(self, x: Tensor) -> int:
-        return min(len(x), BLOCK if x.device.type == "cpu" else len(x))
-
     def _blocks(self, x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[int, Float[Tensor, "block latent"]]]:
         """First row and entries of each block; a block is overwritten by the next."""
-        rows = self._rows_of_block(x)
+        rows = _rows_of_block(x, len(W))
         if self._buffer.shape != (rows, len(W)) or self._buffer.device != x.device:
             self._buffer = torch.empty(rows, len(W), device=x.device)
         for first in range(0, len(x), rows):
             part = x[first : first + rows]
             yield first, torch.addmm(b, part, W.T, out=self._buffer[: len(part)])
+
+
+def _rows_of_block(x: Tensor, width: int) -> int:
+    return min(len(x), max(LEAST, ENTRIES // width)) if x.device.type == "cpu" else len(x)
 
 
 def _row_topk(block: Float[Tensor, "row latent"], k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,7 +90,7 @@ def _top(
     read = x if transcodes else x - weights["b_dec"]
     by_row = isinstance(config, TopKConfig) or (transcodes and config.sparsity == "topk")
     choose = encoder.row_topk if by_row else encoder.batch_topk
-    codes, scaled = choose(read, weights["enc"] * norm[:, None], weights["b_enc"] * norm, config.k)
+    codes, scaled = choose(read, encoder.scaled(weights["enc"], norm), weights["b_enc"] * norm, config.k)
     value = scaled / codes.take(norm)
     if isinstance(config, MatryoshkaConfig):
         parts, errors, flow = _nested(config.levels, codes, value, weights, y)
