@@ -174,7 +174,7 @@ def gain_interval(
 ) -> Interval:
     """Patient-bootstrap interval of F1 of the trained dictionary minus F1 of its twin, on the same patients."""
     drawn = [
-        np.asarray(f_score(found[kind].fires(acts[kind].of("test")), labels, bootstrap.weights))
+        np.asarray(f_score(found[kind].fires(acts[kind].of("test")), labels.astype(np.float64), bootstrap.weights))
         for kind in ("trained", "untrained")
     ]
     return percentile_interval(drawn[0] - drawn[1])

@@ -186,7 +186,7 @@ def _claims(model: str, groups: list) -> list[Claim]:
     shares, medians, margins = {}, {}, {}
     for dictionary, found in mine.items():
         readable = _readable(found)
-        shares[dictionary] = np.mean([r.f1_gain >= F1_GAIN for r in readable]) if readable else 0.0
+        shares[dictionary] = float(np.mean([r.f1_gain >= F1_GAIN for r in readable])) if readable else 0.0
         medians[dictionary] = _median(found, "zero", "r2")
         null = max(_median(found, how, "r2") if f"{how}" else 0.0 for how in ("random", "untrained"))
         margins[dictionary] = medians[dictionary] - (null if np.isfinite(null) else 0.0)

@@ -153,7 +153,7 @@ def judge(
                 f1={kind: m.f1 for kind, m in mine.items()},
                 f1_zero={kind: f[name].f1 for kind, f in zero.items()},
                 gain_ci95=gain_interval(mine, acts, test.has(name), material.bootstrap),
-                probe=auroc(logistic_scores(probes[0], fit.has(name)[train], probes[1]), test.has(name)),
+                probe=_probe(probes, fit.has(name)[train], has[name]),
                 shape=shape[name],
                 effect=compare(name, {how: e[:, number] for how, e in effects.items()}, material, truth.effects[name]),
                 own=material.own(name),
@@ -170,6 +170,11 @@ def _dictionary(spec: Spec, store: ActivationStore, out: Path, seed: int) -> Pla
         return load_sae(spec.stored)
     assert spec.config is not None
     return train_sae(store, spec.site, spec.config, out, seed=seed)
+
+
+def _probe(rows: tuple[np.ndarray, np.ndarray], labels: np.ndarray, held_out: np.ndarray) -> float:
+    """AUROC on test patients of a linear probe of the site."""
+    return auroc(logistic_scores(rows[0], labels.astype(np.float64), rows[1]), held_out.astype(np.float64))
 
 
 def _twin(placed: Placed, spec: Spec, store: ActivationStore, seed: int) -> Placed:
