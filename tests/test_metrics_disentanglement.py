@@ -144,6 +144,9 @@ def test_probes_do_not_see_test_labels_or_missing_ones():
     probe, again = linear_probe(x, y, split), linear_probe(x, other, split)
     assert probe is not None and again is not None and np.array_equal(probe.weight, again.weight)
     assert k_sparse_probe(x, y, split, 2).latents == k_sparse_probe(x, other, split, 2).latents
+    leak = x.copy()
+    leak[:, 3] = np.where(split == "test", 90 * y, x[:, 3])  # tells the label, on test images only
+    assert 3 not in k_sparse_probe(leak, y, split, 2).latents
     missing = np.where(np.arange(600) % 5 == 0, np.nan, y)
     kept = np.arange(600) % 5 != 0
     left_out = linear_probe(x[kept], y[kept], split[kept])
