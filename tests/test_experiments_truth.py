@@ -158,7 +158,7 @@ def test_the_dial_changes_only_the_shortcut():
     for rho in (0.6, 1.0):
         drawn = Phantom.sample(300, seed=5, associations={pair: rho}).factors
         assert drawn.drop(columns="drain").equals(base.drop(columns="drain"))
-    assert (drawn["drain"] == drawn["pneumothorax"]).all()
+    assert drawn["drain"].tolist() == drawn["pneumothorax"].tolist()
 
 
 def test_rows_come_back_from_a_store_made_of_arrays(tmp_path):
@@ -166,7 +166,7 @@ def test_rows_come_back_from_a_store_made_of_arrays(tmp_path):
     split = np.where(np.arange(50) < 40, "train", "test")
     store = store_of(rows, split, tmp_path / "store", [f"p{i // 2}" for i in range(50)])
     assert np.array_equal(store.site(SITE)[slice(0, 50)].numpy(), rows)
-    assert len(store.rows(SITE, "test")) == 10 and store.index_of(SITE)["patient"].nunique() == 25
+    assert len(store.rows(SITE, "test")) == 10 and len(set(store.index_of(SITE)["patient"])) == 25
 
 
 def test_sparse_features_are_superposed_and_dense_ones_are_not():

@@ -6,6 +6,8 @@
    pneumothorax and to drain on the same data, naively and with the association balanced away.
 3. Judge both on phantoms of other patients with rho = 0: do the two sets of latents come apart, what would the
    finding's first latent be called, and would latents chosen there (an oracle) do better?
+
+About 4 minutes on one core.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
    layer; compare decoder rows with the true directions (MCC beside that of random directions) and count how many
    features drive one latent, and one neuron (polysemanticity).
 2. The same on activations that sae-lens's synthetic models make, as a check by others' code.
+
+About 4 minutes on one core.
 """
 
 from __future__ import annotations
