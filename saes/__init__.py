@@ -1,30 +1,52 @@
-"""Sparse autoencoders: training, evaluation, naming, gallery. The only package that imports sae_lens.
+"""Sparse autoencoders and transcoders: training, evaluation, nulls, naming, gallery. Only here sae_lens is imported.
 
-Importing this package does not import sae_lens (5 s); training does, reading a trained dictionary does not.
+Importing this package does not import sae_lens (5 s), nor does training or reading a dictionary.
+
+`engine` is the training step, `metrics` what dictionaries are judged by, `nulls` what has learnt nothing, `scorecard`
+the two side by side, `naming` and `gallery` the catalogue of features, `layouts` other people's files, `truth` what the
+phantom and toy models know.
 """
 
-from saes.config import BatchTopKConfig, SAEConfig, TopKConfig
+from saes.config import (
+    BatchTopKConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    MatryoshkaConfig,
+    SAEConfig,
+    TopKConfig,
+    TranscoderConfig,
+)
 from saes.dictionary import JumpReLU, ReLU, SparseDictionary, TopK
 from saes.folder import load_sae
+from saes.layouts import export_dictionary_learning, import_dictionary
 from saes.metrics import Evaluation, dead, evaluate, frequency, l0, r2
 from saes.null import untrained
-from saes.train import train_sae
+from saes.sweep import train_sweep
+from saes.train import train_sae, train_transcoder
 
 __all__ = [
     "BatchTopKConfig",
     "Evaluation",
+    "GatedConfig",
     "JumpReLU",
+    "JumpReLUConfig",
+    "MatryoshkaConfig",
     "ReLU",
     "SAEConfig",
     "SparseDictionary",
     "TopK",
     "TopKConfig",
+    "TranscoderConfig",
     "dead",
     "evaluate",
+    "export_dictionary_learning",
     "frequency",
+    "import_dictionary",
     "l0",
     "load_sae",
     "r2",
     "train_sae",
+    "train_sweep",
+    "train_transcoder",
     "untrained",
 ]
