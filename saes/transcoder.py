@@ -25,9 +25,8 @@ from mechinterp.types import Placed
 from saes.dictionary import JumpReLU, SparseDictionary, TopK
 from saes.folder import CFG, load_sae, read_weights, save_sae
 from saes.metrics import evaluate
-from saes.train import train_transcoder
 
-__all__ = ["export_transcoder", "train_transcoder"]
+__all__ = ["export_transcoder"]
 
 
 @torch.no_grad()
