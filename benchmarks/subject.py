@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mechinterp.audit.dictionary import default_site
 from mechinterp.models import HookedVLM
 from mechinterp.types import Placed, Target
 from saes import load_sae
@@ -49,8 +50,8 @@ def subjects(pixels: np.ndarray) -> list[tuple[HookedVLM, Placed, str]]:
     """Model, dictionary, and a word on them: what is bundled, then a larger random model with two sampled ones."""
     found: list[tuple[HookedVLM, Placed, str]] = []
     for name in NAMES:
-        for folder in sorted(path.parent for path in (BUNDLED / name).rglob("mechinterp.json")):
-            found.append((HookedVLM.from_pretrained(str(BUNDLED / name)), load_sae(folder), name))
+        model = HookedVLM.from_pretrained(str(BUNDLED / name))
+        found.append((model, load_sae(BUNDLED / name / "dictionaries" / default_site(model)), name))
     clip = HookedVLM(*random_clip(0))
     for layer in (LAYERS - 2, LAYERS - 3):
         site = f"vision.blocks.{layer}.hook_resid_post"

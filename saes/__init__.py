@@ -14,19 +14,23 @@ from saes.config import (
     MatryoshkaConfig,
     SAEConfig,
     TopKConfig,
+    TrainConfig,
     TranscoderConfig,
 )
-from saes.dictionary import JumpReLU, ReLU, SparseDictionary, TopK
+from saes.dictionary import Gated, JumpReLU, ReLU, SparseDictionary, TopK
 from saes.folder import load_sae
 from saes.layouts import export_dictionary_learning, import_dictionary
 from saes.metrics import Evaluation, dead, evaluate, frequency, l0, r2
 from saes.null import untrained
-from saes.sweep import train_sweep
+from saes.sweep import Sweep, train_sweep
+from saes.tokens import rows_for
 from saes.train import train_sae, train_transcoder
+from saes.transcoder import export_transcoder
 
 __all__ = [
     "BatchTopKConfig",
     "Evaluation",
+    "Gated",
     "GatedConfig",
     "JumpReLU",
     "JumpReLUConfig",
@@ -34,17 +38,21 @@ __all__ = [
     "ReLU",
     "SAEConfig",
     "SparseDictionary",
+    "Sweep",
     "TopK",
     "TopKConfig",
+    "TrainConfig",
     "TranscoderConfig",
     "dead",
     "evaluate",
     "export_dictionary_learning",
+    "export_transcoder",
     "frequency",
     "import_dictionary",
     "l0",
     "load_sae",
     "r2",
+    "rows_for",
     "train_sae",
     "train_sweep",
     "train_transcoder",
