@@ -62,10 +62,12 @@ def rendered_pairs(
         site: a site of its vision tower.
         phantom: patients unseen in training (a few dozen are enough).
         factors: binary factors of the phantom.
-        tokens: "patch" for a dictionary of patch tokens, "all" with the class token.
+        tokens: those the dictionary reads: "patch", "cls" (the first token), or "all".
         batch_size: images per forward pass.
     """
     where = Site.parse(site)
+    if tokens not in ("patch", "cls", "all"):
+        raise UsageError(f"no tokens {tokens!r}", where="tokens", hint="patch, cls or all")
     unknown = [name for name in factors if name not in FACTORS or FACTORS[name].rate is None]
     if unknown:
         raise UsageError(f"{unknown[0]!r} is not a binary factor", where="factors")
@@ -82,7 +84,11 @@ def rendered_pairs(
 def _at(model: HookedVLM, site: str, pixels: np.ndarray, tokens: str, batch_size: int) -> Tensor:
     kept = []
     for start in range(0, len(pixels), batch_size):
-        batch = model.preprocess(pixels[start : start + batch_size])
-        value = model.run_with_cache(batch, names_filter=site)[1][site]
-        kept.append(value[:, model.patch_tokens(batch)] if tokens == "patch" else value)
+        batch, seen = model.preprocess(pixels[start : start + batch_size]), []
+        with model.hooks(fwd_hooks=[(site, lambda value, hook, seen=seen: seen.append(value))]):
+            model.encode_image(batch)  # no prompt is needed, also by a generative model
+        patches = model.patch_tokens(batch)
+        if tokens == "cls" and (seen[0].shape[1] == len(patches) or 0 in patches.tolist()):
+            raise UsageError("has no class token", where=site)
+        kept.append({"patch": seen[0][:, patches], "cls": seen[0][:, :1], "all": seen[0]}[tokens])
     return torch.cat(kept).float()
