@@ -88,7 +88,7 @@ def _at(model: HookedVLM, site: str, pixels: np.ndarray, tokens: str, batch_size
         with model.hooks(fwd_hooks=[(site, lambda value, hook, seen=seen: seen.append(value))]):
             model.encode_image(batch)  # no prompt is needed, also by a generative model
         patches = model.patch_tokens(batch)
-        if tokens == "cls" and (seen[0].shape[1] == len(patches) or 0 in patches.tolist()):
+        if tokens == "cls" and not patches.start:
             raise UsageError("has no class token", where=site)
         kept.append({"patch": seen[0][:, patches], "cls": seen[0][:, :1], "all": seen[0]}[tokens])
     return torch.cat(kept).float()
