@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, interleaved
+from benchmarks.common import RESULTS, Row, interleaved, save, table
 from saes.config import BatchTopKConfig, MatryoshkaConfig, TopKConfig, TrainConfig
 from saes.engine.inference import inference
 from saes.engine.trainer import Trainer
@@ -29,18 +29,21 @@ LEARNING_RATE = 1e-3
 
 def run(quick: bool = False) -> list[Row]:
     """Speed at each size and kind, quality at the sizes that train in minutes, share of the matrix peak."""
-    sizes, repeats = ((128,), 2) if quick else (SIZES, 5)
+    sizes, repeats = ((128,), 2) if quick else (SIZES, 3)
     rows = []
     for d in sizes:
         batches = [next(stream) for stream in [structured(d, seed=0)] for _ in range(3)]
         peak = _peak(d)
         for kind in KINDS:
             rows += _speed(kind, d, batches, repeats, peak)
-    quality = {128: 30} if quick else {128: 400, 256: 200}
-    for d, steps in quality.items():
-        for kind in KINDS:
-            rows += _quality(kind, d, steps, seeds=1 if quick else 3)
+    for kind in KINDS:
+        rows += _quality(kind, 128, 30 if quick else 60, seeds=1 if quick else 3)
     return rows
+
+
+def run_long() -> list[Row]:
+    """Quality of longer runs, which takes the peer about an hour: `python -m benchmarks.bench_sae`."""
+    return [row for d, steps in ((128, 400), (256, 200)) for kind in KINDS for row in _quality(kind, d, steps, seeds=3)]
 
 
 def structured(d: int, seed: int, rows: int = BATCH) -> Iterator[Tensor]:
@@ -206,3 +209,9 @@ def _finished_peer(trainer: Any) -> Any:
     sae.process_state_dict_for_saving_inference(weights)
     cfg = sae.cfg.get_inference_sae_cfg_dict() | {"rescale_acts_by_decoder_norm": False}
     return read_weights(cfg, {name: tensor.detach() for name, tensor in weights.items()}, Path("theirs"))
+
+
+if __name__ == "__main__":
+    long = run_long()
+    save("sae-long", long, False, RESULTS)
+    print(table("sae-long", long))
