@@ -47,6 +47,18 @@ def test_maximum_and_mean_over_tokens(store, placed, split, monkeypatch):
     assert split is None or set(table["split"]) == {split}
 
 
+def test_tokens_of_another_kind_stay_out(placed, tmp_path):
+    """A dictionary of patch tokens gives the same from a store that holds the class token as well."""
+    both = [extract(FakeModel(), FakeData(12), [SITE], tmp_path / kind, tokens=kind) for kind in ("patch", "all")]
+    placed.dictionary.info["tokens"] = "patch"
+    try:
+        mine, mixed = (image_activations(placed, each, None)[0] for each in both)
+    finally:
+        del placed.dictionary.info["tokens"]
+    assert len(both[1].rows(SITE)) > len(both[0].rows(SITE))
+    np.testing.assert_array_equal(mine, mixed)
+
+
 def test_an_image_may_be_cut_by_a_chunk(store, placed):
     """16 tokens an image, 7 rows a chunk."""
     whole = image_activations(placed, store, "val")[0]

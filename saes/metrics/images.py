@@ -12,6 +12,7 @@ from torch import Tensor
 from mechinterp.activations import ActivationStore
 from mechinterp.errors import UsageError
 from mechinterp.types import Placed, Site
+from saes.tokens import rows_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +57,7 @@ def image_activations(
         UsageError: the store lacks the site, or the split has no row.
     """
     table = image_table(store, placed.reads, split)
-    rows, image = _rows_of_images(store, placed.reads, split)
+    rows, image = _rows_of_images(store, placed.reads, split, placed)
     out, width = None, len(table)
     for start, x in _chunks(store, placed.reads, rows):
         acts = placed.dictionary.encode(x).detach().float()
@@ -92,7 +93,7 @@ def image_errors(
     if placed.reads != placed.writes:
         raise UsageError("does not reconstruct what it reads", where=str(placed.reads), hint="see evaluate()")
     table = image_table(store, placed.reads, split)
-    rows, image = _rows_of_images(store, placed.reads, split)
+    rows, image = _rows_of_images(store, placed.reads, split, placed)
     activations = store.site(placed.reads)
     mean = sum(chunk.double().sum(0) for chunk in activations.chunks(rows)) / len(rows)
     sums = np.zeros((3, len(table)))
@@ -118,12 +119,12 @@ def _finish(
 
 
 def _rows_of_images(
-    store: ActivationStore, site: str | Site, split: str | None
+    store: ActivationStore, site: str | Site, split: str | None, placed: Placed | None = None
 ) -> tuple[Int64[np.ndarray, " row"], Int64[np.ndarray, " row"]]:
-    """Rows of a split and the number of the image that each belongs to (in order of appearance)."""
+    """Rows of a split, of the token kinds that a dictionary reads, and the number of the image that each is of."""
     import pandas as pd
 
-    rows = store.rows(site, split)
+    rows = store.rows(site, split) if placed is None else rows_for(placed, store, split)
     codes, _ = pd.factorize(store.index_of(site)["image"].iloc[rows])
     return rows, codes.astype(np.int64)
 
