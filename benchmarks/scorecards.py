@@ -76,7 +76,9 @@ def card(name: str, folder: Path, data: ImageData, draws: int, scratch: Path) ->
         f"\n== {name}, {folder.name}, {info['config']['kind']} {placed.dictionary.W_dec.shape[0]}\n{found}", flush=True
     )
     row = {"model": name, "dictionary": folder.name, "data": data.name, "seed": SEED, "draws": draws}
-    write_json(RESULTS / f"scorecard-{name}-{folder.name}.json", row | found.to_dict())
+    whole = found.to_dict()
+    means = [score for score in whole["scores"] if score["concept"] == "mean"]
+    write_json(RESULTS / f"scorecard-{name}-{folder.name}.json", row | whole | {"scores": means})
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["COLOURS", "GREY", "INK", "axes_of", "canvas", "heat", "log_ticks", "png"]
 
 INK, GREY = "#202124", "#80868b"
-COLOURS = ("#1f5fa8", "#c2410c", "#1b6e3c", "#7b3fa0", "#a88a00", "#5f6368")
+COLOURS = ("#1f5fa8", "#c2410c", "#1b6e3c", "#7b3fa0", "#a88a00", "#5f6368", "#17a2b8", "#e0569b")
 
 
 def canvas(rows: int, columns: int, width: float | int, height: float | int, **options: Any) -> tuple[Any, Any]:

@@ -261,7 +261,7 @@ def _claims(cells: Sequence[Cell]) -> list[Claim]:
             "; ".join(f"{c.kind}: {c.corrected:.2f} (MCC {c.mcc:.2f}, floor {c.floor:.2f})" for c in sparse),
         ),
         Claim(
-            f"correlated features are recovered worse (MCC at {tight} below {loose}), in the toy and in sae-lens's",
+            f"features correlated at {tight} are recovered worse than at {loose} (MCC), in the toy and in sae-lens's",
             all(drop > half for drop, half in falls.values()),
             "; ".join(f"{s}: MCC falls by {drop:.3f} +- {half:.3f}" for s, (drop, half) in falls.items()),
         ),
