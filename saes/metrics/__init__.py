@@ -49,7 +49,7 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names.split()}
 
 __all__ = ["Evaluation", "dead", "evaluate", "frequency", "image_activations", "image_table", "l0", "r2"]
-__all__ += sorted(_MODULE)
+__all__ += sorted(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
