@@ -20,6 +20,7 @@ from mechinterp.audit.causal import Causal, Harm
 from mechinterp.audit.defaults import default_data
 from mechinterp.audit.evidence import Evidence
 from mechinterp.audit.probe import logistic_scores
+from mechinterp.audit.shortcuts import Case, _causal_p
 from mechinterp.audit.verdicts import rule, worst
 from mechinterp.data import Attribute, open_data
 from mechinterp.errors import DataError, UsageError
@@ -205,6 +206,15 @@ def test_a_gap_that_another_attribute_explains_is_taken_again_beside_it():
     assert kept.score_gap > 0.9, "what the score does follow stays"
     few = Mock(spec=Evidence, test=np.arange(n) < 40, labels=label, score=score, sd=1.0)
     assert gap_beside(there[0], there[1], plain, few, bootstrap, Settings()) is plain
+
+
+def test_removal_together_decides_where_it_was_measured():
+    """Features that stand in for one another: nothing one by one (p = 0.8), much together (p = 0.003)."""
+    case = Case(Mock(spec=Candidate), (1, 2), causal=replace(found(), p=0.8))
+    assert _causal_p(case) == 0.8
+    case.together_p = 0.003
+    assert _causal_p(case) == 0.003
+    assert np.isnan(_causal_p(Case(Mock(spec=Candidate), ())))
 
 
 def test_the_probe_is_scikit_learns():
