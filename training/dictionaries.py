@@ -30,7 +30,7 @@ from mechinterp.storage import write_manifest
 from saes import MatryoshkaConfig, TopKConfig, evaluate, train_sae
 
 SEED_OF_IMAGES = 2_000_003
-# chosen by hand on phantoms of another seed (docs/dictionaries.md): widths 64, 128 and 256 gave 6, 7 and 9 of 11 factors a latent of their own
+# chosen by hand on phantoms of another seed, of widths 64, 128 and 256 (docs/dictionaries.md)
 CLASS_TOKEN = MatryoshkaConfig(
     k=4, width=256, levels=(16, 32, 64, 256), epochs=130, batch_size=512, lr=2e-3, dead_after=50
 )
