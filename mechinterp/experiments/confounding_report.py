@@ -210,9 +210,9 @@ def _width_claim(model: str, mine: Sequence[Dose]) -> list[Claim]:
         )
     return [
         Claim(
-            f"{model}: width {widths[-1]} in place of {widths[0]} moves naive separability by less than {SAME} (rho > 0)",
+            f"{model}: width {widths[-1]} in place of {widths[0]} moves naive separability by less than {SAME}",
             abs(float(np.mean(change))) < SAME,
-            f"mean change, 95 % over seeds: {with_interval(change)}",
+            f"mean change at rho > 0, 95 % over seeds: {with_interval(change)}",
         )
     ]
 

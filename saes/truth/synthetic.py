@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Synthetic", "sae_lens_mcc", "synthetic"]
+__all__ = ["Synthetic", "sae_lens_mcc", "synthetic", "trained_by_sae_lens"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,43 @@ def synthetic(
         with torch.no_grad():
             made = dictionary(fired)
     return Synthetic(dictionary.feature_vectors.detach(), made, (fired > 0).float().sum(1).mean().item())
+
+
+def trained_by_sae_lens(
+    rows: Float[Tensor, "row d"], width: int, k: int, epochs: int, batch_size: int, lr: float, seed: int = 0
+) -> Float[Tensor, "latent d"]:
+    """Decoder of a TopK SAE that sae-lens's own `SAETrainer` trains, from its own start: a peer of ours on its data.
+
+    Rows are scaled to a mean norm of sqrt(d), as ours are in training, so that one learning rate serves both; warm-up
+    over the first 5 % of the steps, decay over the last 20 %. Directions do not depend on the scale.
+    """
+    import sae_lens
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    d, per_epoch = rows.shape[1], max(1, len(rows) // batch_size)
+    x = rows * (d**0.5 / rows.norm(dim=1).mean())
+    steps, generator = per_epoch * epochs, torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(d_in=d, d_sae=width, k=k))
+    settings = SAETrainerConfig(
+        total_training_samples=steps * batch_size,
+        train_batch_size_samples=batch_size,
+        lr=lr,
+        lr_end=lr,
+        lr_warm_up_steps=max(1, steps // 20),
+        lr_decay_steps=steps // 5,
+        dead_feature_window=100,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    trainer = SAETrainer(settings, sae, iter(()))
+    for _ in range(epochs):
+        order = torch.randperm(len(x), generator=generator)
+        for step in range(per_epoch):
+            trainer.step(x[order[step * batch_size : (step + 1) * batch_size]])
+            trainer.n_training_steps += 1
+    return sae.W_dec.detach()
 
 
 def sae_lens_mcc(directions: Float[Tensor, "latent d"], truth: Float[Tensor, "feature d"]) -> float:
