@@ -3,8 +3,8 @@
 A ReLU MLP is a transcoder without error: `W_enc = W_in`, `W_dec = W_out`, biases alike. So every edge of the graph of
 this model is a product of weights that were written down (`truth.py`).
 
-What hides the circuit: concepts are random orthonormal directions of the stream, orthogonal to the ones vector, so that
-LayerNorm's centring leaves them alone; neurons are shuffled and padded with dead ones; each head works in a random basis.
+What hides the circuit: concepts are random orthonormal directions of the stream, orthogonal to the ones vector, so
+that LayerNorm's centring leaves them alone; neurons are shuffled among dead ones; each head works in a random basis.
 LayerNorm's epsilon is so large, and its gain the square root of it, that its scale is 1 whatever the stream holds: what
 is planted stays exact, and an edit of one path cannot reach another through the norm.
 """
@@ -26,11 +26,11 @@ from mechinterp.models.loading import Processor
 from mechinterp.models.preprocess import Preprocessor
 from mechinterp.types import Dictionary, ImageTextBatch, Placed, Site
 
-__all__ = ["GRID", "MLPTranscoder", "PlantedModel", "plant"]
+__all__ = ["GRID", "SCORE", "MLPTranscoder", "PlantedModel", "plant"]
 
 GRID, PATCH, HEAD_WIDTH = 4, 8, 16
 _EPS = 1e12
-_SCORE = 24.0  # attention score of "look there": e^-24 is nothing beside 1
+SCORE = 24.0  # attention score of "look there": e^-24 is nothing beside 1
 _SPREAD = 0.2
 
 
@@ -162,7 +162,7 @@ def plant(
 def _directions(n: int, width: int, draws: torch.Generator) -> Float[Tensor, "concept d"]:
     """Unit directions orthogonal to the ones vector; orthonormal where they fit.
 
-    In superposition the first two (class token, patch) stay orthogonal to all others, so that attention stays as planted.
+    In superposition the first two (class token, patch) stay orthogonal to all others, so that attention stays as it is.
     """
     ones = torch.ones(width, 1, dtype=torch.float64)
     basis = torch.linalg.qr(torch.cat([ones, torch.randn(width, width - 1, generator=draws, dtype=torch.float64)], 1))[
@@ -236,7 +236,7 @@ def _write_head(attention: Any, head: Head, row: dict[str, Tensor], draws: torch
     """Queries and keys say "class token looks at patches, patches look at the class token"; OV moves the concepts."""
     rows = slice(head.index * HEAD_WIDTH, (head.index + 1) * HEAD_WIDTH)
     turn = torch.linalg.qr(torch.randn(HEAD_WIDTH, HEAD_WIDTH, generator=draws, dtype=torch.float64))[0]
-    size = (_SCORE * HEAD_WIDTH**0.5) ** 0.5
+    size = (SCORE * HEAD_WIDTH**0.5) ** 0.5
     query, key, value, out = (torch.zeros(HEAD_WIDTH, len(row["is patch"]), dtype=torch.float64) for _ in range(4))
     query[0], query[1] = size * row["is class token"], size * row["is patch"]
     key[0], key[1] = size * row["is patch"], size * row["is class token"]
