@@ -1,0 +1,102 @@
+"""Keep the part of a graph that carries most of the influence; what each row loses stays in its `rest`.
+
+The procedure and its defaults are those of Ameisen et al. 2025, as circuit-tracer 0.5.0 has them in `prune_graph`, on
+sparse edges: the sort is over the edges that exist, never over all pairs of nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from graphs.influence import Edges, edges_of, influence, output_weights, shares
+from graphs.nodes import NodeType
+from graphs.scores import scores
+from mechinterp.errors import UsageError
+
+if TYPE_CHECKING:
+    from graphs.graph import AttributionGraph
+
+__all__ = ["prune", "prune_masks", "threshold_of"]
+
+
+def prune(graph: AttributionGraph, node: float | int = 0.8, edge: float | int = 0.98) -> AttributionGraph:
+    """The nodes that carry a share `node` of the influence, and of the edges between them those that carry `edge`.
+
+    Outputs, patches and words stay in any case. Every row still adds up, `row sum + rest + constant == pre`. The nodes
+    keep the influence that they have in the whole graph. `meta["pruning"]` holds the thresholds, the sizes, and the
+    scores of what is left with everything else counted as error (`graphs.scores`); `meta["scores"]` those of the whole
+    graph.
+
+    Raises UsageError when a threshold is not in `[0, 1]`.
+    """
+    keep_nodes, keep_edges = prune_masks(graph, node, edge)
+    found = influence(graph)
+    pruned = graph.with_nodes(graph.nodes.with_influence(found)).subgraph(keep_nodes, keep_edges)
+    about = {
+        "node_threshold": node,
+        "edge_threshold": edge,
+        "nodes_before": len(graph.nodes),
+        "edges_before": graph.n_edges,
+        "nodes": len(pruned.nodes),
+        "edges": pruned.n_edges,
+        "scores": scores(graph, keep_nodes).to_dict(),
+    }
+    return replace(pruned, meta={**graph.meta, "pruning": about, "scores": scores(graph).to_dict()})
+
+
+def prune_masks(
+    graph: AttributionGraph, node: float | int = 0.8, edge: float | int = 0.98
+) -> tuple[Bool[Tensor, " node"], Bool[Tensor, " edge"]]:
+    """Which nodes, and which edges in the order of `graph.edges`, pruning keeps.
+
+    1. nodes: the fewest whose influence is a share `node` of the sum over all nodes; and outputs, patches, words.
+    2. edges: on the graph of those nodes, with shares and influence computed anew, the fewest whose scores
+       `share(t, s) * (influence(t) + weight(t))` sum to a share `edge` of all scores.
+    3. features, errors, positions, class token and biases without an out-edge go, and features whose in-edges all
+       went, until nothing changes. A feature that was never expanded stays: its in-edges are unknown, not absent.
+    """
+    for name, value in (("node", node), ("edge", edge)):
+        if not 0 <= value <= 1:
+            raise UsageError(f"is {value}", where=f"threshold for {name}s", hint="a share between 0 and 1")
+    edges = edges_of(graph)
+    nodes = graph.nodes
+    found = influence(graph, edges)
+    fixed = nodes.is_type(NodeType.OUTPUT, NodeType.PATCH, NodeType.TOKEN)
+    keep = (found >= threshold_of(found, node)) & (found > 0) | fixed
+
+    inside = keep[edges.target] & keep[edges.source]
+    score = _edge_scores(graph, edges, inside)
+    keep_edges = inside & (score >= threshold_of(score[inside], edge)) & (score > 0)
+    grown = graph.expanded & ~fixed
+    while True:
+        used = torch.zeros_like(keep)
+        used[edges.source[keep_edges]] = True
+        reached = torch.zeros_like(keep)
+        reached[edges.target[keep_edges]] = True
+        still = keep & (used | fixed) & (reached | ~grown)
+        if bool((still == keep).all()):
+            return keep, keep_edges
+        keep = still
+        keep_edges = keep_edges & keep[edges.target] & keep[edges.source]
+
+
+def _edge_scores(graph: AttributionGraph, edges: Edges, inside: Bool[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+    """Score of each edge in the graph of the edges `inside`; 0 for the others."""
+    within = Edges(edges.target, edges.source, torch.where(inside, edges.weight, 0.0), edges.starts, edges.n)
+    value = influence(graph, within) + output_weights(graph)
+    return shares(within) * value[edges.target]
+
+
+def threshold_of(values: Float[Tensor, " n"], share: float | int) -> float:
+    """The largest value such that all values at or above it sum to at least `share` of the total."""
+    if not len(values) or share == 0:
+        return float("inf")
+    ordered = values.double().sort(descending=True).values
+    cumulative = ordered.cumsum(0)
+    at = int(torch.searchsorted(cumulative, share * cumulative[-1]))
+    return float(ordered[min(at, len(ordered) - 1)])
