@@ -15,7 +15,7 @@ from torch import Tensor
 from graphs.nodes import N_TYPES, NodeTable, NodeType
 from mechinterp.errors import UsageError
 
-__all__ = ["AttributionGraph", "GraphOutput", "csr"]
+__all__ = ["AttributionGraph", "GraphOutput", "Outputs", "csr"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,20 @@ class GraphOutput:
     node: int
 
 
+class Outputs(tuple[GraphOutput, ...]):
+    """The outputs of a graph, in the order of their nodes."""
+
+    @property
+    def weights(self) -> Float[Tensor, " output"]:
+        """Share of each output, float64."""
+        return torch.tensor([o.weight for o in self], dtype=torch.float64)
+
+    @property
+    def nodes(self) -> Int[Tensor, " output"]:
+        """Node of each output."""
+        return torch.tensor([o.node for o in self], dtype=torch.long)
+
+
 @dataclass(frozen=True, eq=False)
 class AttributionGraph:
     """Direct effects between nodes at one input, everything but the features' nonlinearity being held.
@@ -56,7 +70,7 @@ class AttributionGraph:
     weights: Tensor
     targets: Int[Tensor, " target"]
     rest: Float[Tensor, "target type"]
-    outputs: tuple[GraphOutput, ...]
+    outputs: Outputs
     meta: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -152,9 +166,8 @@ class AttributionGraph:
 
         Outputs are always kept.
         """
-        outputs = torch.tensor([o.node for o in self.outputs], dtype=torch.long)
         keep_nodes = keep_nodes.clone()
-        keep_nodes[outputs] = True
+        keep_nodes[self.outputs.nodes] = True
         kept = keep_nodes.nonzero()[:, 0]
         place = torch.full((len(self.nodes),), -1, dtype=torch.long)
         place[kept] = torch.arange(len(kept))
@@ -179,7 +192,7 @@ class AttributionGraph:
             weights=csr(crow, place[sources[stored]], weights[stored], shape),
             targets=place[self.targets[row_kept]],
             rest=rest[row_kept],
-            outputs=tuple(replace(o, node=int(place[o.node])) for o in self.outputs),
+            outputs=Outputs(replace(o, node=int(place[o.node])) for o in self.outputs),
             meta=dict(self.meta),
         )
 

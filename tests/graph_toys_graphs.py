@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphs.graph import AttributionGraph, GraphOutput, csr
+from graphs.graph import AttributionGraph, GraphOutput, Outputs, csr
 from graphs.nodes import N_TYPES, NodeTable, NodeType, node_id
 
 
@@ -84,7 +84,7 @@ def random_graph(
         ids=tuple(ids),
         labels=tuple(ids),
     )
-    named = tuple(
+    named = Outputs(
         GraphOutput(f"output {k}", "logit", 1.0 / outputs, float(pre[n - outputs + k]), n - outputs + k)
         for k in range(outputs)
     )
