@@ -16,6 +16,8 @@ from mechinterp.data import open_data
 from mechinterp.data.phantom import Phantom
 from mechinterp.errors import DataError, UsageError
 from mechinterp.models import HookedVLM
+from mechinterp.pages.heat import heat_picture
+from mechinterp.pages.place import place_of
 from mechinterp.storage import verify_folder
 from mechinterp.types import Placed
 from saes.dictionary import ReLU, SparseDictionary
@@ -26,8 +28,6 @@ from saes.gallery.facts import stability, subgroup_rates
 from saes.gallery.observe import choose_rows
 from saes.gallery.overlap import Covered, overlap
 from saes.gallery.page import render
-from saes.gallery.pictures import heat_picture
-from saes.gallery.place import place_of
 from tests.audit_toys import write_cohort
 from tests.tiny_models import tiny
 

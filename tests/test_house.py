@@ -17,6 +17,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 CORE = {"errors", "types", "storage", "progress"}
 FLOOR = {
     "data": 1,
+    "pages": 1,
     "models": 2,
     "activations": 3,
     "interventions": 3,

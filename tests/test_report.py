@@ -17,10 +17,10 @@ from mechinterp.audit import report
 from mechinterp.audit.catalogue import Example, Heat
 from mechinterp.audit.drivers import Driver, find_drivers, judge, place_of
 from mechinterp.audit.figures import forest, performance_plot
-from mechinterp.audit.pictures import heat_picture, thumbnail
 from mechinterp.audit.questions import power_of, questions
 from mechinterp.audit.settings import Settings
 from mechinterp.data import ImageData
+from mechinterp.pages.heat import heat_picture, thumbnail
 
 PAYLOADS = (
     "<script>alert(1)</script>",

@@ -12,14 +12,13 @@ from mechinterp.audit.features import Selectivity
 from mechinterp.audit.settings import Settings
 from mechinterp.audit.verdicts import Ruling
 from mechinterp.metrics.statistics import Interval, percentile_interval
+from mechinterp.pages import place
 
 __all__ = ["Driver", "Place", "find_drivers", "judge", "place_of"]
 
 UNEXPLAINED = 0.65  # a feature with a lower best AUROC is explained by nothing
 LEAST_SHARE = 0.02  # of the total absolute effect of all features
 MOST = 5
-BORDER = 0.125  # of width and height: where a chest film shows marks and letters rather than the chest
-IN_BORDER = 0.7  # share of the activation in the border that makes a driver look like a mark
 
 
 @dataclass(frozen=True)
@@ -81,36 +80,15 @@ def place_of(heat: Float[np.ndarray, "rows columns"], elsewhere: float) -> Place
         return Place("does not fire", 0.0, 0.0)
     if mass < 0.05 * (mass + elsewhere):
         return Place("class token only, no place in the image", 0.0, mass / (mass + elsewhere))
-    rows, columns = heat.shape
-    top = np.sort(heat.ravel())[::-1]
-    spread = float(np.searchsorted(np.cumsum(top), mass / 2) + 1) / heat.size  # patches that hold half of it
-    edge_y, edge_x = max(1, round(rows * BORDER)), max(1, round(columns * BORDER))
-    inner = heat[edge_y : rows - edge_y, edge_x : columns - edge_x].sum()
-    border = 1 - float(inner) / mass
-    if spread > 0.25:
-        words = "all over the image"
-    else:
-        words = " and ".join(_zones(heat)) + " of the image" + (", at the border" if border > IN_BORDER else "")
-    return Place(words, border, mass / (mass + elsewhere))
+    return Place(place.place_of(heat, " of the image"), place.border_share(heat), mass / (mass + elsewhere))
 
 
-def _zones(heat: Float[np.ndarray, "rows columns"]) -> list[str]:
-    """The ninth of the image that holds most of the activation, and a second one that holds nearly as much."""
-    ninths = {}
-    for row, vertical in zip(np.array_split(heat, 3, axis=0), ("upper", "middle", "lower"), strict=True):
-        for part, side in zip(np.array_split(row, 3, axis=1), ("left", "centre", "right"), strict=True):
-            name = "centre" if (vertical, side) == ("middle", "centre") else f"{vertical} {side}"
-            ninths[name] = float(part.sum())
-    ranked = sorted(ninths, key=lambda name: -ninths[name])
-    return [name for name in ranked[:2] if ninths[name] >= 0.6 * ninths[ranked[0]]]
-
-
-def judge(driver: Driver, place: Place, settings: Settings) -> Ruling:
+def judge(driver: Driver, where: Place, settings: Settings) -> Ruling:
     """CONCERN for a driver that sits where a chest film has marks and moves the score; else a person has to look."""
     what = (
         f"carries {driver.share:.0%} of the score's total feature effect, fires in {driver.images} test images, "
-        f"{place.words}; nearest attribute {driver.best_attribute} (AUROC {driver.best_auroc:.2f})"
+        f"{where.words}; nearest attribute {driver.best_attribute} (AUROC {driver.best_auroc:.2f})"
     )
-    if place.border > IN_BORDER and "border" in place.words:
+    if where.border > place.IN_BORDER and "border" in where.words:
         return Ruling("CONCERN", f"{what}: it looks outside the chest")
     return Ruling("NOT TESTED", f"{what}: no column of the metadata says what it is; look at its gallery")

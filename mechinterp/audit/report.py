@@ -6,10 +6,8 @@ sheet, by hash. Every text from the data or the model goes through jinja2's auto
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import shlex
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,15 @@ import numpy as np
 
 from mechinterp.audit.catalogue import Heat
 from mechinterp.audit.figures import forest, performance_plot
-from mechinterp.audit.pictures import heat_picture, thumbnail
 from mechinterp.data import ImageData
+from mechinterp.pages.heat import heat_picture, thumbnail
+from mechinterp.pages.html import page, span
 from mechinterp.storage import write_bytes, write_json, write_manifest
 
 __all__ = ["render", "write_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
+SIDE = 168
 
 
 def write_report(out: Path, record: dict[str, Any], data: ImageData, heats: dict[str, Heat]) -> Path:
@@ -35,11 +35,11 @@ def write_report(out: Path, record: dict[str, Any], data: ImageData, heats: dict
     figures = {name: png for name, png in figures.items() if png is not None}
     galleries = {name: _gallery(heat, data) for name, heat in heats.items()}
     failures = [_failure(row, data) for row in record["failures"]]
-    page = render(record, figures, galleries, failures)
+    html = render(record, figures, galleries, failures)
     for name, png in figures.items():
         write_bytes(out / "figures" / f"{name}.png", png)
     write_json(out / "audit.json", record)
-    write_bytes(out / "report.html", page.encode("utf-8", "replace"))
+    write_bytes(out / "report.html", html.encode("utf-8", "replace"))
     write_manifest(out, {"kind": "audit", "model": record["model"]["id"], "seed": record["seed"]})
     return out
 
@@ -51,35 +51,14 @@ def render(
     failures: list[dict[str, Any]],
 ) -> str:
     """The HTML page. Pictures are bytes; everything else is text that is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": _number,
-        "signed": _signed,
-        "percent": _percent,
-        "p": _p,
-        "range": _range,
-        "slug": _slug,
-        "picture": _picture,
-    }
-    environment.finalize = _clean
-    style = (TEMPLATES / "report.css").read_text()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
+    return page(
+        TEMPLATES / "report.html.j2",
+        "report.css",
+        filters={"p": _p, "range": _range, "slug": _slug},
         r=record,
         figures=figures,
         galleries=galleries,
         failures=failures,
-        style=Markup(style),  # our own file, not data
-        style_hash=digest,
         command=_command(record),
         cards={card["id"]: card for card in record["features"]},
     )
@@ -90,7 +69,7 @@ def _gallery(heat: Heat, data: ImageData) -> list[dict[str, Any]]:
     return [
         {
             "image": data.images[example.row],
-            "jpeg": heat_picture(_pixels(data, example.row), example.heat, largest)
+            "jpeg": heat_picture(_pixels(data, example.row), example.heat, largest, side=SIDE)
             if data.may_show[example.row]
             else None,
         }
@@ -99,7 +78,7 @@ def _gallery(heat: Heat, data: ImageData) -> list[dict[str, Any]]:
 
 
 def _failure(row: dict[str, Any], data: ImageData) -> dict[str, Any]:
-    return {**row, "jpeg": thumbnail(_pixels(data, row["row"])) if data.may_show[row["row"]] else None}
+    return {**row, "jpeg": thumbnail(_pixels(data, row["row"]), SIDE) if data.may_show[row["row"]] else None}
 
 
 def _pixels(data: ImageData, row: int) -> np.ndarray:
@@ -111,41 +90,15 @@ def _command(record: dict[str, Any]) -> str:
     return shlex.join([*parts, "--seed", str(record["seed"]), "--out", "out/audit"])
 
 
-def _clean(value: Any) -> Any:
-    """Control characters, and marks that reorder text, are shown as a replacement character."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return "–" if value is None else value
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t" else c for c in value)
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _signed(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _percent(value: float | None, digits: int = 0) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
-
-
 def _p(value: float | None) -> str:
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _range(value: list[float | None] | None, digits: int = 2, signed: bool = True) -> str:
-    if not value or value[0] is None or value[1] is None:
-        return ""
-    low, high = (f"{v:+.{digits}f}" if signed else f"{v:.{digits}f}" for v in value)
-    return f"[{low}, {high}]".replace("-", "−")
+def _range(value: list[float | None] | None, digits: int = 2, sign: bool = True) -> str:
+    ends = span(value, f"+.{digits}f" if sign else f".{digits}f")
+    return f"[{ends[0]}, {ends[1]}]".replace("-", "−") if ends else ""
 
 
 def _slug(text: str) -> str:
     """A safe id for an anchor."""
     return "f-" + hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:10]
-
-
-def _picture(content: bytes) -> str:
-    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

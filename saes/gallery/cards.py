@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from mechinterp.pages.heat import LARGE, SMALL, heat_picture
+from mechinterp.pages.place import place_of
 from saes.gallery.examples import GROUPS, Shot, choose_shots
 from saes.gallery.overlap import Overlap, coverage, overlap
-from saes.gallery.pictures import LARGE, SMALL, heat_picture
-from saes.gallery.place import place_of
 from saes.naming import UNNAMED, Name
 
 if TYPE_CHECKING:

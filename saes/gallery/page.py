@@ -6,15 +6,13 @@ everything, unsorted. Every text from the data or the model goes through jinja2'
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
-import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mechinterp.pages.html import page, span
 from mechinterp.storage import write_bytes, write_manifest
 from saes.gallery.cards import cards_of, overlaps_of, places_of
 from saes.gallery.facts import SAME
@@ -36,9 +34,9 @@ def write(made: Catalogue) -> Path:
     places, overlaps = places_of(made), overlaps_of(made)
     table = feature_table(made, places, overlaps)
     cards = cards_of(made, table, overlaps)
-    page = render(_about(made, table), cards, _lines(table, set(made.shown)), _concepts(made))
+    html = render(_about(made, table), cards, _lines(table, set(made.shown)), _concepts(made))
     write_bytes(made.folder / "features.parquet", parquet_bytes(table))
-    write_bytes(made.folder / "features.html", page.encode("utf-8", "replace"))
+    write_bytes(made.folder / "features.html", html.encode("utf-8", "replace"))
     write_manifest(made.folder, {"kind": "features", "model": made.model.label, "seed": made.seed})
     return made.folder
 
@@ -47,35 +45,15 @@ def render(
     about: dict[str, Any], cards: list[dict[str, Any]], lines: list[dict[str, Any]], concepts: list[dict[str, Any]]
 ) -> str:
     """The HTML page. Pictures are bytes; everything else is text that is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": _number,
-        "signed": _signed,
-        "percent": _percent,
-        "range": _range,
-        "short": _short,
-        "picture": lambda content: f"data:image/jpeg;base64,{base64.b64encode(content).decode()}",
-    }
-    environment.finalize = _clean
-    style, script = ((TEMPLATES / name).read_text() for name in ("features.css", "features.js"))
-    return environment.get_template("features.html.j2").render(
+    return page(
+        TEMPLATES / "features.html.j2",
+        "features.css",
+        "features.js",
+        filters={"range": _range, "short": _short},
         a=about,
         cards=cards,
         lines=lines,
         concepts=concepts,
-        style=Markup(style),  # our own files, not data
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
     )
 
 
@@ -180,17 +158,6 @@ def _lines(table: Any, shown: set[int]) -> list[dict[str, Any]]:
     return made
 
 
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _clean(value: Any) -> Any:
-    """Control characters, and marks that reorder text, are shown as a replacement character."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return "–" if value is None else value
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t" else c for c in value)
-
-
 def _short(name: str | None) -> str | None:
     """`findings:Edema` reads Edema; `view=AP` stays."""
     if not name:
@@ -200,21 +167,6 @@ def _short(name: str | None) -> str | None:
     return f"{negated}{value}" if found and value and " " not in column else name
 
 
-def _missing(value: float | None) -> bool:
-    return value is None or not np.isfinite(value)
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if _missing(value) else f"{value:.{digits}f}"
-
-
-def _signed(value: float | None, digits: int = 2) -> str:
-    return "–" if _missing(value) else f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _percent(value: float | None, digits: int = 0) -> str:
-    return "–" if _missing(value) else f"{100 * value:.{digits}f} %"  # type: ignore[operator]
-
-
 def _range(value: Any, digits: int = 2) -> str:
-    return "" if not value or any(_missing(v) for v in value) else f"{value[0]:.{digits}f} to {value[1]:.{digits}f}"
+    ends = span(value, f".{digits}f")
+    return f"{ends[0]} to {ends[1]}" if ends else ""

@@ -1,4 +1,4 @@
-"""A radiograph under a feature's heat, with the outline of the drawn finding, as a small JPEG."""
+"""Small JPEGs: a radiograph, and a radiograph under a feature's heat, with the outline of a drawn finding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from scipy import ndimage
 
-__all__ = ["LARGE", "SMALL", "heat_picture"]
+__all__ = ["LARGE", "SMALL", "heat_picture", "thumbnail"]
 
 LARGE, SMALL = 208, 136
 _HOT = np.array([[0.99, 0.75, 0.15], [0.93, 0.33, 0.10], [0.75, 0.05, 0.20]])  # weak to strong
@@ -20,7 +20,7 @@ def heat_picture(
     pixels: Float[np.ndarray, "height width"],
     heat: Float[np.ndarray, "rows columns"],
     largest: float,
-    owner: Int[np.ndarray, "height width"],
+    owner: Int[np.ndarray, "height width"] | None = None,
     outline: Bool[np.ndarray, "height width"] | None = None,
     box: int | None = None,
     side: int = LARGE,
@@ -28,12 +28,13 @@ def heat_picture(
     """The image with `heat` (0 to `largest`) over it: clear where the feature is silent, coloured where it fires.
 
     Args:
-        owner: the patch of each pixel, -1 where the model's preprocessing crops it away.
+        owner: the patch of each pixel, -1 where the model's preprocessing crops it away; None: the patches tile it.
         outline: a mask of what the feature is named after; its border is drawn.
         box: a patch to draw a frame around.
         side: of the picture.
     """
     grey = _resize(pixels, side)[..., None]
+    owner = _tiled(*heat.shape) if owner is None else owner
     y, x = (((np.arange(side) + 0.5) * length / side).astype(int) for length in owner.shape)
     owner = owner[y][:, x]
     flat = np.append(heat.ravel() / largest if largest > 0 else heat.ravel(), 0.0)  # the last: cropped away
@@ -51,6 +52,15 @@ def heat_picture(
         frame = _border(owner == box)
         picture[frame] = 1.0
     return _jpeg(picture)
+
+
+def thumbnail(pixels: Float[np.ndarray, "height width"], side: int = SMALL) -> bytes:
+    """The image alone."""
+    return _jpeg(np.repeat(_resize(pixels, side)[..., None], 3, axis=2))
+
+
+def _tiled(rows: int, columns: int) -> Int[np.ndarray, "rows columns"]:
+    return np.arange(rows * columns).reshape(rows, columns)
 
 
 def _border(mask: Bool[np.ndarray, "side side"]) -> Bool[np.ndarray, "side side"]:
