@@ -1,0 +1,1 @@
+"""What every page and report shares: templates that escape, numbers as people write them, heat pictures, places."""
