@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from graphs.graph import AttributionGraph, GraphOutput, csr
+from graphs.graph import AttributionGraph, GraphOutput, Outputs, csr
 from graphs.nodes import N_TYPES, NodeTable, NodeType, node_id
 
 WORDS = ("a", "chest", "x-ray", "with", "consolidation")
@@ -90,7 +90,7 @@ def lot(
         labels=tuple(row[5] for row in rows),
     )
     first = n - outputs
-    made = tuple(
+    made = Outputs(
         GraphOutput(f"consolidation {i}", "logit", float((i + 1) * (-1) ** i), float(pre[first + i]), first + i)
         for i in range(outputs)
     )
