@@ -1,0 +1,257 @@
+"""One image, one model, many interventions: the true model, with as much of it held as the mode says.
+
+| mode          | patterns | norm scales | MLP outputs                      | answers                                |
+|---------------|----------|-------------|----------------------------------|----------------------------------------|
+| `direct`      | held     | held        | held, plus `(v - a) d`           | is an edge what its removal does?      |
+| `replacement` | held     | held        | features recomputed, errors held | what the local replacement model says  |
+| `frozen_attn` | held     | free        | recomputed by the MLP            | all but the attention patterns         |
+| `free`        | free     | free        | recomputed by the MLP            | what the model does (the headline)     |
+
+In every mode `out := out + (v - a) d` at `hook_mlp_out`, with `a` the activation that the feature has in that very
+pass; so what the dictionary does not explain stays in the model. Interventions run together, as rows of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from graphs.causal.changes import Change, FeatureAt
+from graphs.causal.legs import Leg, legs_of, read_output
+from graphs.causal.sites import Hooks, Mode, edits_of, hold, keep, site_hooks
+from graphs.frozen.parts import FrozenPass, Readout
+from graphs.targets import Feature, Output
+from mechinterp.errors import NonFiniteError, UsageError
+from mechinterp.models import HookedVLM
+from mechinterp.types import ImageTextBatch, Placed
+
+__all__ = ["Lab", "Outcome"]
+
+_KEPT = ("attn.hook_pattern", "hook_scale", "hook_mlp_out", "hook_resid_mid", "hook_resid_post", "hook_normalized")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the interventions, one row each.
+
+    Fields:
+        outputs: the outputs, in the order of the lab's (of the readouts in mode `direct`).
+        pre, acts: pre-activations and activations of the watched features.
+        kept: other values that were asked for, by hook name.
+    """
+
+    outputs: Float[Tensor, "change output"]
+    pre: Float[Tensor, "change watched"]
+    acts: Float[Tensor, "change watched"]
+    kept: dict[str, Float[Tensor, "change _pos _d"]]
+
+
+class Lab:
+    """A model with one image in it, ready for interventions.
+
+    Args:
+        model: the model.
+        batch: one image (with the prompt, for a generative model).
+        dictionaries: transcoders, as for the graph.
+        outputs: what is measured, as for the graph.
+        frozen: the pass that the graph was made from. Mode `direct` needs it, and `replacement` where there is a
+            projector.
+        chunk: interventions that run together.
+    """
+
+    def __init__(
+        self,
+        model: HookedVLM,
+        batch: ImageTextBatch,
+        dictionaries: Sequence[Placed],
+        outputs: Sequence[Output],
+        frozen: FrozenPass | None = None,
+        chunk: int = 64,
+    ):
+        if len(batch) != 1:
+            raise UsageError(f"{len(batch)} images", where="Lab", hint="one at a time")
+        self.model, self.batch, self.frozen, self.chunk = model, batch, frozen, chunk
+        self.outputs = tuple(outputs)
+        self.placed = {(p.writes.tower, p.writes.layer): p for p in dictionaries}
+        self.legs = legs_of(model, batch, self.outputs)
+        self.clean: dict[str, dict[str, Tensor]] = {}
+        self._results: dict[str, Tensor] = {}
+        for leg in self.legs:
+            self.clean[leg.name] = kept = {}
+            with torch.no_grad(), self.model.hooks(fwd_hooks=keep(self._names(leg), kept)):
+                self._results[leg.name] = leg.run(1)
+        self._features = [FeatureAt(o.tower, o.layer, o.pos, o.index) for o in self.outputs if isinstance(o, Feature)]
+        pre, _ = self._watched(self._features, self.clean, 1)
+        self.values = self._read(self._results, pre, 1)[0]
+
+    def dictionary(self, feature: FeatureAt) -> Placed:
+        """The dictionary that a feature belongs to. Raises UsageError when there is none at its block."""
+        found = self.placed.get((feature.tower.split(".")[0], feature.layer))
+        if found is None:
+            raise UsageError(f"no dictionary at block {feature.layer} of {feature.tower}", where="dictionaries")
+        return found
+
+    def leg_of(self, tower: str) -> Leg:
+        """The part of the model that a tower of the graph runs in."""
+        for leg in self.legs:
+            if tower in leg.towers:
+                return leg
+        raise UsageError(f"nothing runs a tower {tower!r}", where="Lab", hint=str([leg.towers for leg in self.legs]))
+
+    def clean_state(self, watch: Sequence[FeatureAt]) -> tuple[Float[Tensor, " watched"], Float[Tensor, " watched"]]:
+        """Pre-activations and activations in the clean pass."""
+        pre, acts = self._watched(watch, self.clean, 1)
+        return pre[0], acts[0]
+
+    @torch.no_grad()
+    def run(
+        self,
+        changes: Sequence[Change],
+        mode: Mode = "free",
+        watch: Sequence[FeatureAt] = (),
+        names: Sequence[str] = (),
+    ) -> Outcome:
+        """Do each change by itself, starting from the clean input. `names`: hook names whose values are returned too.
+
+        Raises NonFiniteError when an output is no longer a number.
+        """
+        if not changes:
+            raise UsageError("no changes", where="Lab.run")
+        rows = [self._some(changes[i : i + self.chunk], mode, watch, names) for i in range(0, len(changes), self.chunk)]
+        outputs, pre, acts = (torch.cat([getattr(r, k) for r in rows]) for k in ("outputs", "pre", "acts"))
+        if not torch.isfinite(outputs).all():
+            raise NonFiniteError("outputs are not finite", where=f"Lab.run, {mode}", images=list(self.batch.ids))
+        return Outcome(outputs, pre, acts, {name: torch.cat([r.kept[name] for r in rows]) for name in names})
+
+    def effects(self, changes: Sequence[Change], mode: Mode = "free") -> Float[Tensor, "change output"]:
+        """Outputs after each change, minus the clean ones."""
+        clean = self.readout_values if mode == "direct" else self.values
+        return self.run(changes, mode).outputs - clean
+
+    @property
+    def readout_values(self) -> Float[Tensor, " readout"]:
+        """The clean outputs as the frozen pass has them: the halves of a similarity are outputs of their own."""
+        return torch.tensor([r.value for r in self._frozen().readouts], dtype=torch.float64)
+
+    def _frozen(self) -> FrozenPass:
+        if self.frozen is None:
+            raise UsageError("this mode needs the frozen pass", where="Lab", hint="Lab(..., frozen=freeze(...))")
+        return self.frozen
+
+    def _names(self, leg: Leg) -> list[str]:
+        """What is kept of the clean pass."""
+        towers = {tower.split(".")[0] for tower in leg.towers}
+        found = [n for n in self.model.hook_dict if n.split(".")[0] in towers and n.endswith(_KEPT)]
+        return found + ["projector.hook_out"] * (len(towers) > 1)
+
+    def _some(self, changes: Sequence[Change], mode: Mode, watch: Sequence[FeatureAt], names: Sequence[str]) -> Outcome:
+        n = len(changes)
+        every = [*watch, *self._features]
+        wanted = {str(self.dictionary(f).reads) for f in every} | set(names)
+        if mode == "direct":
+            wanted |= {self._stream_name(r) for r in self._frozen().readouts}
+        results, seen = dict(self._results), {}
+        for leg in self.legs:
+            clean = self.clean[leg.name]
+            seen[leg.name] = kept = {}
+            if any(f.tower in leg.towers for change in changes for f in change.features):
+                hooks = self._hooks(leg, changes, mode) + keep(sorted(wanted & clean.keys()), kept)
+                with self.model.hooks(fwd_hooks=hooks):
+                    results[leg.name] = leg.run(n)
+            else:
+                results[leg.name] = results[leg.name].expand(n, *results[leg.name].shape[1:])
+                kept |= {name: clean[name].expand(n, *clean[name].shape[1:]) for name in wanted & clean.keys()}
+        pre, acts = self._watched(every, seen, n)
+        outputs = self._read_frozen(seen, n) if mode == "direct" else self._read(results, pre[:, len(watch) :], n)
+        kept = {name: next(k[name] for k in seen.values() if name in k) for name in names}
+        return Outcome(outputs, pre[:, : len(watch)], acts[:, : len(watch)], kept)
+
+    def _hooks(self, leg: Leg, changes: Sequence[Change], mode: Mode) -> Hooks:
+        n, clean = len(changes), self.clean[leg.name]
+        hooks: Hooks = []
+        if mode != "free":
+            held = ("hook_pattern",) if mode == "frozen_attn" else ("hook_pattern", "hook_scale")
+            hooks += [(name, hold(value, n)) for name, value in clean.items() if name.endswith(held)]
+        for name, value in clean.items():
+            if not name.endswith("hook_mlp_out"):
+                continue
+            tower, _, layer, _ = name.split(".")
+            placed = self.placed.get((tower, int(layer)))
+            edits = edits_of(changes, leg.towers, tower, int(layer))
+            if placed is None and edits:
+                self.dictionary(edits[0].feature)  # says what is missing
+            site, reads = name, clean[name] if placed is None else clean[str(placed.reads)]
+            if placed is not None and placed.reads == placed.writes:
+                if mode in ("direct", "replacement"):
+                    raise UsageError(f"mode {mode} takes transcoders", where=str(placed.reads), hint="use mode free")
+                site = str(placed.writes)
+            hooks += site_hooks(site, placed, edits, mode, reads, value)
+        if mode in ("direct", "replacement") and "projector.hook_out" in clean:
+            hooks += self._bridge(clean)
+        return hooks
+
+    def _bridge(self, clean: dict[str, Tensor]) -> Hooks:
+        """The projector with its gate held: its clean output plus the linear map of what changed below."""
+        bridge = next(s.bridge for s in self._frozen().stacks if s.bridge is not None)
+        last = [n for n in clean if n.startswith("vision.") and n.endswith("hook_resid_post")][-1]
+        moved: dict[str, Tensor] = {}
+
+        def cross(value: Tensor, hook: Any) -> Tensor:
+            change = (moved[last] - clean[last]).to(bridge.bias.dtype)
+            brought = torch.stack([bridge.apply(row)[bridge.slots] for row in change]).to(value.dtype)
+            kept = clean["projector.hook_out"]
+            return (kept.view(1, *brought.shape[1:]) + brought).view(value.shape)
+
+        return [*keep([last], moved), ("projector.hook_out", cross)]
+
+    def _watched(
+        self, watch: Sequence[FeatureAt], seen: dict[str, dict[str, Tensor]], n: int
+    ) -> tuple[Float[Tensor, "change watched"], Float[Tensor, "change watched"]]:
+        """Pre-activations and activations of features, from what their dictionaries read."""
+        dtype = torch.float64 if self.model.hf.dtype == torch.float64 else torch.float32
+        pre, acts = torch.zeros(n, len(watch), dtype=dtype), torch.zeros(n, len(watch), dtype=dtype)
+        for (tower, _), columns in _grouped(watch).items():
+            placed = self.dictionary(watch[columns[0]])
+            d: Any = placed.dictionary
+            x = seen[self.leg_of(tower).name][str(placed.reads)].to(d.W_enc.dtype)
+            pos, which = torch.unique(torch.tensor([watch[i].pos for i in columns]), return_inverse=True)
+            index = torch.tensor([watch[i].index for i in columns])
+            acts[:, columns] = d.encode(x[:, pos])[:, which, index].to(dtype)
+            centred = x - d.b_dec if getattr(d, "centred", placed.reads == placed.writes) else x
+            linear = torch.einsum("nwd,dw->nw", centred[:, pos[which]], d.W_enc[:, index]) + d.b_enc[index]
+            pre[:, columns] = linear.to(dtype)
+        return pre, acts
+
+    def _stream_name(self, readout: Readout) -> str:
+        stack = self._frozen().stacks[readout.stack]
+        return f"{stack.tower.split('.')[0]}.blocks.{stack.blocks[readout.layer].layer}.hook_resid_{readout.point}"
+
+    def _read_frozen(self, seen: dict[str, dict[str, Tensor]], n: int) -> Float[Tensor, "change readout"]:
+        columns = []
+        for readout in self._frozen().readouts:
+            leg = self.leg_of(self._frozen().stacks[readout.stack].tower)
+            name = self._stream_name(readout)
+            moved = seen[leg.name][name].double() - self.clean[leg.name][name].double()
+            columns.append(readout.value + (moved * readout.seed).sum((1, 2)))
+        return torch.stack(columns, dim=1)
+
+    def _read(self, results: dict[str, Tensor], pre: Tensor, n: int) -> Float[Tensor, "change output"]:
+        columns, feature = [], iter(pre.T)
+        for output in self.outputs:
+            if isinstance(output, Feature):
+                columns.append(next(feature).double())
+            else:
+                columns.append(read_output(self.model, output, self.outputs, results).double().expand(n))
+        return torch.stack(columns, dim=1)
+
+
+def _grouped(watch: Iterable[FeatureAt]) -> dict[tuple[str, int], list[int]]:
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, feature in enumerate(watch):
+        groups.setdefault((feature.tower, feature.layer), []).append(i)
+    return groups

@@ -1,0 +1,122 @@
+"""The hooks of one intervention run: what holds values, what keeps them, and what edits the output of one MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphs.causal.changes import Change, FeatureAt
+from mechinterp.types import Placed
+
+__all__ = ["Edit", "Hooks", "Mode", "edits_of", "hold", "keep", "site_hooks"]
+
+Mode = Literal["direct", "replacement", "frozen_attn", "free"]
+Hooks = list[tuple[str, Callable[..., Any]]]
+
+
+class Edit(NamedTuple):
+    """In row `row` a feature takes `value`."""
+
+    row: int
+    feature: FeatureAt
+    value: float
+
+
+def keep(names: Iterable[str], into: dict[str, Tensor]) -> Hooks:
+    """Hooks that store values as they come by (after edits, if these were put on before)."""
+
+    def store(value: Tensor, hook: Any) -> None:
+        into[hook.name] = value.detach()
+
+    return [(name, store) for name in names]
+
+
+def hold(value: Tensor, n: int) -> Callable[..., Tensor]:
+    """A hook that puts a clean value in the place of every row."""
+
+    def put(new: Tensor, hook: Any) -> Tensor:
+        return value.to(new.dtype).expand(n, *value.shape[1:])
+
+    return put
+
+
+def edits_of(changes: Sequence[Change], towers: Sequence[str], tower: str, layer: int) -> list[Edit]:
+    """The edits that fall on one block of a leg; `tower` is the name in hooks ("text" for "text.1")."""
+    return [
+        Edit(row, feature, value)
+        for row, change in enumerate(changes)
+        for feature, value in zip(change.features, change.values, strict=True)
+        if feature.layer == layer and feature.tower in towers and feature.tower.split(".")[0] == tower
+    ]
+
+
+@dataclass
+class _Site:
+    """The MLP of one block: what its transcoder reads in this pass, and what it writes."""
+
+    placed: Placed | None
+    edits: list[Edit]
+    mode: Mode
+    clean_in: Tensor
+    clean_out: Tensor
+    seen: Tensor | None = None
+
+    def read(self, value: Tensor, hook: Any) -> None:
+        self.seen = value
+
+    def write(self, value: Tensor, hook: Any) -> Tensor:
+        if self.mode == "direct":
+            base = self.clean_out.expand_as(value)
+        elif self.mode == "replacement":
+            base = self._replaced(value)
+        else:
+            base = value
+        return base + self._delta(value) if self.edits else base
+
+    def _replaced(self, value: Tensor) -> Tensor:
+        """Recomputed features, the clean error."""
+        clean = self.clean_out.expand_as(value)
+        if self.placed is None:
+            return clean
+        assert self.seen is not None
+        return clean + (_said(self.placed, self.seen) - _said(self.placed, self.clean_in)).to(value.dtype)
+
+    def _delta(self, value: Tensor) -> Tensor:
+        """`(v - a) d` of every edit, `a` from what is read in this pass (the clean one where all is held)."""
+        assert self.placed is not None
+        dictionary = self.placed.dictionary
+        reads = self.clean_in.expand(len(value), -1, -1) if self.mode == "direct" else self.seen
+        reads = value if reads is None else reads
+        rows = torch.tensor([e.row for e in self.edits])
+        pos = torch.tensor([e.feature.pos for e in self.edits])
+        index = torch.tensor([e.feature.index for e in self.edits])
+        wanted = torch.tensor([e.value for e in self.edits], dtype=dictionary.W_dec.dtype)
+        places, which = torch.unique(rows * value.shape[1] + pos, return_inverse=True)
+        x = reads[places // value.shape[1], places % value.shape[1]]
+        now = dictionary.encode(x.to(dictionary.W_enc.dtype))[which, index]
+        moved = (wanted - now)[:, None] * dictionary.W_dec[index]
+        return torch.zeros_like(value).index_put_((rows, pos), moved.to(value.dtype), accumulate=True)
+
+
+def site_hooks(
+    name: str, placed: Placed | None, edits: list[Edit], mode: Mode, clean_in: Tensor, clean_out: Tensor
+) -> Hooks:
+    """Hooks that edit the output `name` of one MLP; none where nothing is to be done."""
+    if not edits and mode in ("free", "frozen_attn"):
+        return []
+    site = _Site(placed, edits, mode, clean_in, clean_out)
+    reads: Hooks = [] if placed is None or mode == "direct" else [(str(placed.reads), site.read)]
+    return [*reads, (name, site.write)]
+
+
+def _said(placed: Placed, x: Tensor) -> Tensor:
+    """What a transcoder makes of its input."""
+    d: Any = placed.dictionary
+    x = x.to(d.W_enc.dtype)
+    said = d.decode(d.encode(x))
+    skip = getattr(d, "W_skip", None)
+    return said if skip is None else said + x @ skip
