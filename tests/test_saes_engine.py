@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.sae_lens_peer import sae_lens_trainer
 from saes.config import (
     BatchTopKConfig,
     GatedConfig,
@@ -138,11 +139,13 @@ def test_choice_is_that_of_torch_topk(width, k, block, monkeypatch):
     torch.manual_seed(width)
     W, b, encoder = torch.randn(width, 8), torch.randn(width), Encoder()
     W[: width // 2] *= 30  # the large ones sit together
+    gain = torch.rand(width)
+    gain[3] = 0.0
     for x in torch.randn(3, 50, 8):
-        pre = torch.addmm(b, x, W.T)
+        pre = torch.addmm(b, x, W.T) * gain
         for found, best in (
-            (encoder.row_topk(x, W, b, k), pre.topk(k, dim=1)),
-            (encoder.batch_topk(x, W, b, k), pre.flatten().topk(k * 50)),
+            (encoder.row_topk(x, W, b, gain, k), pre.topk(k, dim=1)),
+            (encoder.batch_topk(x, W, b, gain, k), pre.flatten().topk(k * 50)),
         ):
             codes, value = found
             dense = torch.zeros_like(pre)
@@ -155,23 +158,23 @@ def test_choice_is_that_of_torch_topk(width, k, block, monkeypatch):
 
 
 def test_few_positive_entries_and_ties():
-    x, W = torch.ones(6, 2), torch.zeros(300, 2)
+    x, W, b, gain = torch.ones(6, 2), torch.zeros(300, 2), torch.zeros(300), torch.ones(300)
     W[7], W[9] = 1.0, 1.0
-    codes, value = Encoder().batch_topk(x, W, torch.zeros(300), 4)  # 12 of the 24 that are wanted are positive
+    codes, value = Encoder().batch_topk(x, W, b, gain, 4)  # 12 of the 24 that are wanted are positive
     assert value.tolist() == [2.0] * 12 and codes.latent.tolist() == [7, 9] * 6
-    codes, _ = Encoder().batch_topk(x, W, torch.zeros(300), 1)  # ties: the first rows
+    codes, _ = Encoder().batch_topk(x, W, b, gain, 1)  # ties: the first rows
     assert codes.row.tolist() == [0, 0, 1, 1, 2, 2]
-    codes, _ = Encoder().row_topk(x, W, torch.zeros(300), 4)
+    codes, _ = Encoder().row_topk(x, W, b, gain, 4)
     assert codes.latent.tolist() == [7, 9] * 6
 
 
 def test_a_guess_that_was_too_high_changes_nothing():
     torch.manual_seed(0)
-    W, b, encoder = torch.randn(100, 8), torch.zeros(100), Encoder()
-    encoder.batch_topk(100 * torch.randn(50, 8), W, b, 4)
+    W, b, gain, encoder = torch.randn(100, 8), torch.zeros(100), torch.ones(100), Encoder()
+    encoder.batch_topk(100 * torch.randn(50, 8), W, b, gain, 4)
     x = torch.randn(50, 8)
-    codes, value = encoder.batch_topk(x, W, b, 4)
-    again, wanted = Encoder().batch_topk(x, W, b, 4)
+    codes, value = encoder.batch_topk(x, W, b, gain, 4)
+    again, wanted = Encoder().batch_topk(x, W, b, gain, 4)
     assert torch.equal(value, wanted) and torch.equal(codes.latent, again.latent) and torch.equal(codes.row, again.row)
 
 
@@ -203,21 +206,6 @@ def toy(n, seed):
     return ((torch.rand(n, 24) < 0.1) * torch.rand(n, 24)) @ directions * 4
 
 
-THEIRS = {
-    "topk": lambda lens, shape: lens.TopKTrainingSAE(lens.TopKTrainingSAEConfig(k=K, **shape)),
-    "batchtopk": lambda lens, shape: lens.BatchTopKTrainingSAE(
-        lens.BatchTopKTrainingSAEConfig(k=K, topk_threshold_lr=1 / 16, **shape)
-    ),
-    "matryoshka": lambda lens, shape: lens.MatryoshkaBatchTopKTrainingSAE(
-        lens.MatryoshkaBatchTopKTrainingSAEConfig(k=K, topk_threshold_lr=1 / 16, matryoshka_widths=[8, 32, 64], **shape)
-    ),
-    "jumprelu": lambda lens, shape: lens.JumpReLUTrainingSAE(
-        lens.JumpReLUTrainingSAEConfig(l0_coefficient=0.3, l0_warm_up_steps=8, **shape)
-    ),
-    "gated": lambda lens, shape: lens.GatedTrainingSAE(
-        lens.GatedTrainingSAEConfig(l1_coefficient=0.3, l1_warm_up_steps=8, **shape)
-    ),
-}
 AS_OURS = {
     "topk": TopKConfig(**TOP, dead_after=20, lr=3e-3),
     "batchtopk": BatchTopKConfig(**TOP, dead_after=20, lr=3e-3),
@@ -228,32 +216,12 @@ AS_OURS = {
 
 
 @pytest.mark.xdist_group("saes")  # one worker imports sae_lens
-@pytest.mark.parametrize("kind", list(THEIRS))
+@pytest.mark.parametrize("kind", list(AS_OURS))
 def test_training_follows_sae_lens(kind, tmp_path):
     """Same start, same batches, same schedule: step for step the same losses, and the same held-out R2."""
-    import sae_lens
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
     steps, config, batches, x = 160, AS_OURS[kind], toy(160 * ROWS, 0).split(ROWS), toy(2000, 1)
-    shape = {"d_in": D, "d_sae": WIDTH, "normalize_activations": "none"}
-    theirs = THEIRS[kind](sae_lens, shape)
     ours = Trainer(config, D, batches[0].mean(0), steps, seed=3)
-    with torch.no_grad():
-        theirs.W_dec.copy_(ours.weights["W_dec"])
-        theirs.W_enc.copy_(ours.weights["enc"].T)
-        theirs.b_dec.copy_(ours.weights["b_dec"])
-    settings = SAETrainerConfig(
-        total_training_samples=steps * ROWS,
-        train_batch_size_samples=ROWS,
-        lr=config.lr,
-        lr_end=config.lr,
-        lr_warm_up_steps=steps // 20,
-        lr_decay_steps=steps // 5,
-        dead_feature_window=config.dead_after,
-        logger=LoggingConfig(log_to_wandb=False),
-    )
-    trainer = SAETrainer(settings, theirs, iter(()))
+    trainer = sae_lens_trainer(ours)
     losses = []
     for batch in batches:
         loss = trainer.step(batch).loss.item()
@@ -266,7 +234,7 @@ def test_training_follows_sae_lens(kind, tmp_path):
         assert torch.equal(ours.dead.float().sum(), trainer.dead_neurons.sum().float())
     if kind == "topk":
         with torch.no_grad():
-            expected = theirs(x)
+            expected = trainer.sae(x)
         found = read_weights(*inference(ours, 1.0), tmp_path)(x)
         assert abs(r2(x, found) - r2(x, expected)) < 0.002
         assert r2(x, found) > 0.5

@@ -43,15 +43,16 @@ class SparseCodes:
 
     @cached_property
     def _pattern(self) -> Tensor:
-        """The support as a sparse CSR matrix of zeros."""
-        end = torch.tensor([len(self.row)], device=self.row.device)
+        """The support as a sparse CSR matrix of zeros, `[latent, row]`."""
+        _, row, starts = self._by_latent
+        end = torch.tensor([len(row)], device=row.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "CSR is in beta"
             return torch.sparse_csr_tensor(
-                torch.cat([self._starts, end]),
-                self.latent,
-                torch.zeros(len(self.row), device=self.row.device),
-                (self.rows, self.width),
+                torch.cat([starts, end]),
+                row,
+                torch.zeros(len(row), device=row.device),
+                (self.width, self.rows),
                 check_invariants=False,
             )
 
@@ -73,8 +74,13 @@ class SparseCodes:
         return F.embedding_bag(self.latent, W, self._starts, mode="sum", per_sample_weights=value)
 
     def pair(self, of_row: Float[Tensor, "row d"], W: Float[Tensor, "latent d"]) -> Float[Tensor, " code"]:
-        """`<of_row_n, W_j>` for each code (n, j)."""
-        return torch.sparse.sampled_addmm(self._pattern, of_row, W.T, beta=0.0).values()
+        """`<of_row_n, W_j>` for each code (n, j).
+
+        Taken latent by latent: the rows then come from all over memory, and they are fewer bytes than `W`.
+        """
+        order, _, _ = self._by_latent
+        found = torch.sparse.sampled_addmm(self._pattern, W, of_row.T, beta=0.0).values()
+        return torch.empty_like(found).scatter_(0, order, found)
 
     def gather(self, value: Float[Tensor, " code"], of_row: Float[Tensor, "row d"]) -> Float[Tensor, "latent d"]:
         """`sum_n value_nj of_row_n` for each latent j."""

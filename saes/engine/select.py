@@ -35,48 +35,61 @@ MARGIN = 0.9
 
 
 class Encoder:
-    """`x @ W.T + b` in blocks, with its buffers and the last bound kept between steps."""
+    """`x @ W.T` in blocks, with its buffers and the last bound kept between steps."""
 
     def __init__(self):
         self._buffer = torch.empty(0, 0)
         self._scaled = torch.empty(0, 0)
         self._guess = -1.0
 
-    def scaled(self, W: Float[Tensor, "latent d"], by: Float[Tensor, " latent"]) -> Float[Tensor, "latent d"]:
-        """Rows of `W` times a number each, in memory that is used again at the next step."""
+    def row_topk(
+        self,
+        x: Float[Tensor, "row d"],
+        W: Float[Tensor, "latent d"],
+        b: Float[Tensor, " latent"],
+        gain: Float[Tensor, " latent"],
+        k: int,
+    ) -> tuple[SparseCodes, Float[Tensor, " code"]]:
+        """The `k` largest entries of each row of `(x @ W.T + b) * gain` and their values, those that are positive."""
         if self._scaled.shape != W.shape or self._scaled.device != W.device:
             self._scaled = torch.empty_like(W)
-        return torch.mul(W, by[:, None], out=self._scaled)
-
-    def row_topk(
-        self, x: Float[Tensor, "row d"], W: Float[Tensor, "latent d"], b: Float[Tensor, " latent"], k: int
-    ) -> tuple[SparseCodes, Float[Tensor, " code"]]:
-        """The `k` largest entries of each row and their values, those that are positive."""
-        found = [_row_topk(block, k) for _, block in self._blocks(x, W, b)]
+        W = torch.mul(W, gain[:, None], out=self._scaled)
+        found = [_row_topk(block, k) for _, block in self._blocks(x, W, b * gain)]
         firsts = torch.arange(len(found)) * _rows_of_block(x, len(W))
         row = torch.cat([row + first for (row, _, _), first in zip(found, firsts.tolist(), strict=True)])
         latent, value = torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
         return SparseCodes(row, latent, len(x), len(W)), value
 
     def batch_topk(
-        self, x: Float[Tensor, "row d"], W: Float[Tensor, "latent d"], b: Float[Tensor, " latent"], k: int
+        self,
+        x: Float[Tensor, "row d"],
+        W: Float[Tensor, "latent d"],
+        b: Float[Tensor, " latent"],
+        gain: Float[Tensor, " latent"],
+        k: int,
     ) -> tuple[SparseCodes, Float[Tensor, " code"]]:
-        """The `k * rows` largest entries of the batch and their values, those that are positive."""
-        wanted, guess = k * len(x), self._guess
+        """The `k * rows` largest entries of `(x @ W.T + b) * gain` and their values, those that are positive.
+
+        `b` and `gain` (not negative) enter the bound of each latent and the values that pass it, never the product.
+        """
+        wanted = k * len(x)
+        guess = self._guess if self._guess >= 0 else self._first_guess(x, W, b, gain, k)
         while True:
-            flat, value, guess = self._above(x, W, b, guess, k)
+            found = self._exceeding(x, W, b, guess / gain.clamp(min=1e-30))
+            assert found is not None  # no share was asked for
+            row, latent, value = found
+            value *= gain[latent]
             if len(value) >= wanted or guess <= 0:
                 break
             guess = guess * 0.5 if guess > 1e-3 else 0.0
-        if len(value) > wanted:
-            bound = _kth_largest(value, wanted)
+        keep = value > 0
+        bound = _kth_largest(value, wanted) if len(value) > wanted else 0.0
+        if bound > 0:
             keep = value > bound
             ties = (value == bound).nonzero()[:, 0][: wanted - int(keep.sum())]
             keep[ties] = True
-            flat, value, self._guess = flat[keep], value[keep], bound * MARGIN
-        else:
-            self._guess = 0.0 if len(value) < wanted else float(value.min()) * MARGIN
-        row, latent = _unravel(flat, len(x), len(W))
+        row, latent, value = row[keep], latent[keep], value[keep]
+        self._guess = 0.0 if len(value) < wanted else float(value.min()) * MARGIN
         return SparseCodes(row, latent, len(x), len(W)), value
 
     def above(
@@ -88,40 +101,46 @@ class Encoder:
         share: float,
     ) -> tuple[SparseCodes | None, Float[Tensor, " code"] | Float[Tensor, "row latent"]]:
         """Entries above their latent's bound; if more than `share` of all are, the dense product and no codes."""
-        flats, values, dense, first = [], [], None, 0
-        for first, block in self._blocks(x, W, b):
-            flat = _flatnonzero(block, bound)
-            if len(flat) > share * block.numel():
-                dense = torch.addmm(b, x, W.T)
-                break
-            flats.append(flat + first * len(W))
-            values.append(block.reshape(-1)[flat])
-        if dense is not None:
-            return None, dense
-        row, latent = _unravel(torch.cat(flats), len(x), len(W))
-        return SparseCodes(row, latent, len(x), len(W)), torch.cat(values)
+        found = self._exceeding(x, W, b, bound, share)
+        if found is None:
+            return None, torch.addmm(b, x, W.T)
+        row, latent, value = found
+        return SparseCodes(row, latent, len(x), len(W)), value
 
-    def _above(
-        self, x: Tensor, W: Tensor, b: Tensor, guess: float, k: int
-    ) -> tuple[Int64[Tensor, " code"], Float[Tensor, " code"], float]:
-        """Flat numbers and values of all entries above the guess; the first block makes one if there is none."""
+    def _first_guess(self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, k: int) -> float:
+        """A bound that some `k` entries a row exceed, from the first rows of the batch."""
+        part = x[: _rows_of_block(x, len(W))]
+        entries = torch.addmm(b, part, W.T).mul_(gain).reshape(-1)
+        return max(0.0, MARGIN * _kth_largest(entries, min(len(entries), k * len(part))))
+
+    def _exceeding(
+        self, x: Tensor, W: Tensor, b: Tensor, bound: Float[Tensor, " latent"], share: float = 1.0
+    ) -> tuple[Int64[Tensor, " code"], Int64[Tensor, " code"], Float[Tensor, " code"]] | None:
+        """Row, latent and value of the entries of `x @ W.T + b` above their latent's bound.
+
+        None if a block has more than a share of them. The product goes without `b`, which moves the bound instead.
+        """
         flats, values = [], []
-        for first, block in self._blocks(x, W, b):
-            if guess < 0:
-                guess = max(0.0, MARGIN * _kth_largest(block.reshape(-1), min(block.numel(), k * len(block))))
-            flat = _flatnonzero(block, guess)
+        for first, block in self._blocks(x, W):
+            flat = _flatnonzero(block, bound - b)
+            if len(flat) > share * block.numel():
+                return None
             flats.append(flat + first * len(W))
             values.append(block.reshape(-1)[flat])
-        return torch.cat(flats), torch.cat(values), guess
+        row, latent = _unravel(torch.cat(flats), len(x), len(W))
+        return row, latent, torch.cat(values).add_(b[latent])
 
-    def _blocks(self, x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[int, Float[Tensor, "block latent"]]]:
-        """First row and entries of each block; a block is overwritten by the next."""
+    def _blocks(
+        self, x: Tensor, W: Tensor, b: Tensor | None = None
+    ) -> Iterator[tuple[int, Float[Tensor, "block latent"]]]:
+        """First row of each block, and its entries of `x @ W.T`, plus `b`; a block is overwritten by the next."""
         rows = _rows_of_block(x, len(W))
         if self._buffer.shape != (rows, len(W)) or self._buffer.device != x.device:
             self._buffer = torch.empty(rows, len(W), device=x.device)
         for first in range(0, len(x), rows):
             part = x[first : first + rows]
-            yield first, torch.addmm(b, part, W.T, out=self._buffer[: len(part)])
+            out = self._buffer[: len(part)]
+            yield first, torch.mm(part, W.T, out=out) if b is None else torch.addmm(b, part, W.T, out=out)
 
 
 def _rows_of_block(x: Tensor, width: int) -> int:

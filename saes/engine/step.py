@@ -85,29 +85,29 @@ def _top(
     encoder: Encoder,
 ) -> Step:
     """The kinds that keep the largest: TopK, BatchTopK, Matryoshka and the transcoders."""
-    W_dec, norm = weights["W_dec"], weights["W_dec"].norm(dim=-1)
+    W_dec, norm, rate = weights["W_dec"], weights["W_dec"].norm(dim=-1), 2 / len(x)
     transcodes = isinstance(config, TranscoderConfig)
     read = x if transcodes else x - weights["b_dec"]
     by_row = isinstance(config, TopKConfig) or (transcodes and config.sparsity == "topk")
     choose = encoder.row_topk if by_row else encoder.batch_topk
-    codes, scaled = choose(read, encoder.scaled(weights["enc"], norm), weights["b_enc"] * norm, config.k)
+    codes, scaled = choose(read, weights["enc"], weights["b_enc"], norm, config.k)
     value = scaled / codes.take(norm)
     if isinstance(config, MatryoshkaConfig):
-        parts, errors, flow = _nested(config.levels, codes, value, weights, y)
-        last, to_bias = errors[:, -1], flow[:, 0].sum(0)
+        parts, flow = _nested(config.levels, codes, value, weights, y)
     else:
-        parts, errors = codes, codes.decode(value, W_dec).add_(weights["b_dec"]).sub_(y)
+        parts, flow = codes, codes.decode(value, W_dec).add_(weights["b_dec"]).sub_(y)
         if "W_skip" in weights:
-            errors.addmm_(read, weights["W_skip"])
-        last, flow = errors, errors * (2 / len(x))
-        to_bias = flow.sum(0)
-    flow = flow.reshape(-1, y.shape[1])
-    into = parts.pair(flow, W_dec)
-    result = {"W_dec": parts.gather(value, flow), "enc": codes.gather(into, read), "b_enc": codes.total(into)}
+            flow.addmm_(read, weights["W_skip"])
+        flow = flow[:, None]
+    loss, last = flow.norm(dim=-1).square().sum().item() / len(x), flow[:, -1]
+    _back(flow)
+    to_bias = flow[:, 0].sum(0) * rate
+    flow = flow.view(-1, y.shape[1])
+    into = parts.pair(flow, W_dec) * rate
+    result = {"W_dec": parts.gather(value * rate, flow), "enc": codes.gather(into, read), "b_enc": codes.total(into)}
     if "W_skip" in weights:
-        result["W_skip"] = read.T @ flow
+        result["W_skip"] = (read.T @ flow) * rate
     fired = torch.bincount(codes.latent, minlength=config.width) > 0
-    loss = errors.square().sum().item() / len(x)
     if bool(dead.any()):
         loss += auxiliary(weights, read, last, dead, result)
     result["b_dec"] = to_bias if transcodes else to_bias - result["b_enc"] @ weights["enc"]
@@ -116,17 +116,21 @@ def _top(
 
 def _nested(
     levels: tuple[int, ...], codes: SparseCodes, value: Tensor, weights: Weights, y: Float[Tensor, "row d"]
-) -> tuple[SparseCodes, Float[Tensor, "row level d"], Float[Tensor, "row level d"]]:
-    """Codes by level, the error of each nested dictionary, and what flows back into the latents of each level.
-
-    A latent of level l is part of the dictionaries l, l + 1, ..., so the sum of their gradients reaches it.
-    """
+) -> tuple[SparseCodes, Float[Tensor, "row level d"]]:
+    """Codes by level, and the error of each nested dictionary."""
     parts = codes.split(levels)
     errors = parts.decode(value, weights["W_dec"]).view(len(y), len(levels), -1)
     errors[:, 0] += weights["b_dec"] - y
     for level in range(1, len(levels)):
         errors[:, level] += errors[:, level - 1]
-    flow = errors * (2 / len(y))
-    for level in reversed(range(len(levels) - 1)):
-        flow[:, level] += flow[:, level + 1]
-    return parts, errors, flow
+    return parts, errors
+
+
+def _back(errors: Float[Tensor, "row level d"]) -> None:
+    """Turn the errors of nested dictionaries into what flows back into the latents of each level, in place.
+
+    A latent of level l is part of the dictionaries l, l + 1, ..., so the sum of their errors reaches it. The last
+    level stays as it is.
+    """
+    for level in reversed(range(errors.shape[1] - 1)):
+        errors[:, level] += errors[:, level + 1]
