@@ -1,0 +1,130 @@
+"""Rows of a graph while it grows: dense blocks of targets that share their sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from graphs.graph import csr
+from graphs.layout import Layout
+from graphs.nodes import N_TYPES
+from graphs.sweep import Batch
+
+__all__ = ["Rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Targets with the same possible sources. `total` is the sum of each row's absolute weights."""
+
+    nodes: Int[Tensor, " target"]
+    columns: slice | Int[Tensor, " source"]
+    values: Float[Tensor, "target source"]
+    total: Float[Tensor, " target"]
+
+
+class Rows:
+    """What is known of the edges so far."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self._blocks: list[_Block] = []
+
+    def add(self, batch: Batch) -> None:
+        """Take over a batch of the sweep."""
+        nodes, edges = batch
+        if int(nodes[0]) >= self.layout.outputs:
+            for i in range(len(nodes)):
+                self._append(nodes[i : i + 1], edges[:, i].nonzero()[:, 0], edges[:, i : i + 1])
+            return
+        table, stack = self.layout.nodes, int(self.layout.stack_of[nodes[0]])
+        keys = table.layer[nodes].long()
+        if self.layout.causal[stack]:
+            keys = keys * (int(table.pos.max()) + 1) + table.pos[nodes]
+        start = 0
+        for count in keys.unique_consecutive(return_counts=True)[1].tolist():
+            mine = slice(start, start + count)
+            self._append(nodes[mine], self.layout.columns(int(nodes[start])), edges[:, mine])
+            start += count
+
+    def _append(
+        self,
+        nodes: Int[Tensor, " target"],
+        columns: slice | Int[Tensor, " source"],
+        edges: Float[Tensor, "node target"],
+    ) -> None:
+        values = edges[columns].T.contiguous()
+        self._blocks.append(_Block(nodes, columns, values, values.abs().sum(1)))
+
+    def expanded(self) -> Bool[Tensor, " node"]:
+        """Mask of the nodes that have a row."""
+        found = torch.zeros(len(self.layout.nodes), dtype=torch.bool)
+        for block in self._blocks:
+            found[block.nodes] = True
+        return found
+
+    def influence(self, weights: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
+        """Influence of every node on the outputs of these weights: one substitution from the top.
+
+        `w ((I - A)^-1 - I)`, `A[t, s] = |W[t, s]| / sum_s |W[t, s]|` (Ameisen et al. 2025). A node's value is final
+        when all that stands above it is done, so each block is used once.
+        """
+        value = weights.clone()
+        for block in sorted(self._blocks, key=lambda b: int(b.nodes[0]), reverse=True):
+            flow = value[block.nodes] / block.total.clamp_min(torch.finfo(block.total.dtype).tiny)
+            value[block.columns] += flow @ block.values.abs()
+        return value - weights
+
+    def assemble(self, row_mass: float | None = None) -> tuple[Tensor, Int[Tensor, " row"], Float[Tensor, "row type"]]:
+        """Everything as (sparse CSR, target nodes ascending, rest by type).
+
+        `row_mass`: keep, in each row, the largest edges that together have this share of its absolute weight.
+        """
+        n = len(self.layout.nodes)
+        targets = self.expanded().nonzero()[:, 0]
+        place = torch.full((n,), -1, dtype=torch.long)
+        place[targets] = torch.arange(len(targets))
+        rest = self.layout.nodes.activation.new_zeros(len(targets), N_TYPES)
+        every = torch.arange(n, dtype=torch.int32)
+        kept = [None if row_mass is None else _largest(b.values, b.total, row_mass) for b in self._blocks]
+
+        counts = torch.zeros(len(targets), dtype=torch.long)
+        for block, mask in zip(self._blocks, kept, strict=True):
+            counts[place[block.nodes]] = block.values.shape[1] if mask is None else mask.sum(1)
+        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        values = rest.new_empty(int(crow[-1]))
+        columns = torch.empty(int(crow[-1]), dtype=torch.int32)
+        starts = crow.tolist()
+        for block, mask in zip(self._blocks, kept, strict=True):
+            sources = every[block.columns]
+            types = self.layout.nodes.type[block.columns].long()
+            for row, i in zip(place[block.nodes].tolist(), range(len(block.nodes)), strict=True):
+                span = slice(starts[row], starts[row + 1])
+                if mask is None:
+                    values[span], columns[span] = block.values[i], sources
+                else:
+                    values[span], columns[span] = block.values[i][mask[i]], sources[mask[i]]
+                    rest[row].index_add_(0, types[~mask[i]], block.values[i][~mask[i]])
+        present = values != 0
+        if not present.all():
+            rows = torch.arange(len(targets)).repeat_interleave(counts)[present]
+            counts = torch.bincount(rows, minlength=len(targets))
+            crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            values, columns = values[present], columns[present]
+        if len(values) < 2**31:
+            crow = crow.int()
+        else:
+            columns = columns.long()
+        return csr(crow, columns, values, (len(targets), n)), targets, rest
+
+
+def _largest(
+    values: Float[Tensor, "target source"], total: Float[Tensor, " target"], mass: float
+) -> Bool[Tensor, "target source"]:
+    """Mask of the largest entries of each row that together have `mass` of its absolute weight."""
+    size, order = values.abs().sort(dim=1, descending=True)
+    before = size.cumsum(1) - size
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, before < mass * total[:, None])
