@@ -11,11 +11,11 @@ __all__ = ["Contrast", "Feature", "Logit", "Output", "ReportToken", "Similarity"
 
 @dataclass(frozen=True)
 class Contrast:
-    """The score of a target: what `HookedVLM.score` gives.
+    """A target against its alternative.
 
     Generative model: logit of the answer `yes` minus that of `no`. Dual encoder: scaled cosine with the positive
-    caption minus that with the negative one. Classifier: logit of the class minus the mean over classes, or minus the
-    logit of the class called `negative`.
+    caption minus that with the negative one. Both are what `HookedVLM.score` gives. Classifier: logit of the class
+    minus that of the class called `negative`, or minus the mean over classes where no class is called so.
     """
 
     target: Target
@@ -57,7 +57,7 @@ class ReportToken:
     """The logit of token `index` of a report, at the position that predicts it (generative models).
 
     `tokens` are the ids of the report; without them the model's greedy report is taken. `prompt` asks for the report
-    (None: the model's own report prompt). `versus` is a token whose logit is taken off; without it and if `demeaned`,
+    (None: the batch's prompt, or where it has none the model's own report prompt). `versus` is a token whose logit is taken off; without it and if `demeaned`,
     the mean over the vocabulary is.
     """
 

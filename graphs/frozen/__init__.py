@@ -1,0 +1,37 @@
+"""Frozen forward passes: `freeze` a model on one input, `check` that the result says what the model computed.
+
+    from graphs.frozen import check, freeze
+    from graphs.targets import Contrast
+
+    frozen = freeze(model, model.prepare(image, [target]), [Contrast(target)])
+
+Nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphs.frozen.capture import in_dtype
+    from graphs.frozen.freezing import freeze
+    from graphs.frozen.parts import FrozenPass
+    from graphs.frozen.residuals import Residual, check, worst
+
+__all__ = ["FrozenPass", "Residual", "check", "freeze", "in_dtype", "worst"]
+
+_HOMES = {
+    "FrozenPass": "parts",
+    "Residual": "residuals",
+    "check": "residuals",
+    "freeze": "freezing",
+    "in_dtype": "capture",
+    "worst": "residuals",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"graphs.frozen.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

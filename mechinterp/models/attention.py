@@ -2,8 +2,8 @@
 
 The function is registered with transformers under one name, with the *mask* function of sdpa under the same name:
 without the second registration transformers silently drops the causal mask. The pattern is recomputed as
-softmax(scale q k^T + mask) in float32 (Vaswani et al. 2017, equation 1), only where someone looks at it; the output of
-SDPA is replaced by pattern @ v only where a hook changed it.
+softmax(scale q k^T + mask) in float32 (in float64 for a float64 model; Vaswani et al. 2017, equation 1), only where
+someone looks at it; the output of SDPA is replaced by pattern @ v only where a hook changed it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def attention_pattern(
     causal: bool,
 ) -> Float[Tensor, "batch head query key"]:
     """The attention pattern in the dtype of `query`; 0 where masked, and a row with no allowed key is 0."""
-    scores = (query @ key.transpose(-1, -2)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(-1, -2)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~allowed, -torch.inf)

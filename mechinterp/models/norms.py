@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechinterp.errors import ModelError
 
 __all__ = ["check_norm", "normalise", "scale_of"]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: a model run in float64 keeps its precision."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_norm(norm: nn.Module, path: str) -> None:
@@ -24,8 +30,8 @@ def check_norm(norm: nn.Module, path: str) -> None:
 
 
 def scale_of(norm: Any, x: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest 1"]:
-    """The scale of a norm at `x`, in float32."""
-    x = x.float()
+    """The scale of a norm at `x`, in float32 (float64 for a float64 model)."""
+    x = _wide(x)
     if isinstance(norm, nn.LayerNorm):
         x = x - x.mean(-1, keepdim=True)
         return (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
@@ -35,10 +41,10 @@ def scale_of(norm: Any, x: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest 1"]
 
 def normalise(norm: Any, x: Float[Tensor, "*rest d"], scale: Float[Tensor, "*rest #d"]) -> Float[Tensor, "*rest d"]:
     """What the norm gives for `x` when its scale is `scale`, in the dtype of `x`."""
-    wide = x.float()
+    wide = _wide(x)
     if isinstance(norm, nn.LayerNorm):
-        out = (wide - wide.mean(-1, keepdim=True)) / scale * norm.weight.float()
-        return (out if norm.bias is None else out + norm.bias.float()).to(x.dtype)
+        out = (wide - wide.mean(-1, keepdim=True)) / scale * _wide(norm.weight)
+        return (out if norm.bias is None else out + _wide(norm.bias)).to(x.dtype)
     if type(norm).__name__.startswith("Gemma"):
-        return (wide / scale * (1.0 + norm.weight.float())).to(x.dtype)
+        return (wide / scale * (1.0 + _wide(norm.weight))).to(x.dtype)
     return norm.weight * (wide / scale).to(x.dtype)

@@ -1,0 +1,44 @@
+"""Gates: an activation function as multiplication, `phi(z) = gate(z) * z` with the gate held.
+
+The gate is the ratio, not the derivative: with it the sum over what comes in is exactly what comes out. It is smooth at
+zero for all of these functions but ReLU, whose gate is 1 above zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechinterp.errors import ModelError
+
+__all__ = ["gate_of"]
+
+
+def _tanh_gelu(z: Tensor) -> Tensor:
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z.pow(3))))
+
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "GELUActivation": torch.special.ndtr,  # Phi(z), the normal distribution function
+    "GELU": torch.special.ndtr,
+    "GELUTanh": _tanh_gelu,
+    "NewGELUActivation": _tanh_gelu,
+    "QuickGELUActivation": lambda z: torch.sigmoid(1.702 * z),
+    "SiLUActivation": torch.sigmoid,
+    "SiLU": torch.sigmoid,
+    "ReLU": lambda z: (z > 0).to(z.dtype),
+}
+
+
+def gate_of(activation: Any, z: Tensor) -> Tensor:
+    """`phi(z) / z` of an activation module, by the name of its class. Raises ModelError for one that is not known."""
+    name = type(activation).__name__
+    if name == "GELU" and getattr(activation, "approximate", "none") == "tanh":
+        return _tanh_gelu(z)
+    if name not in _GATES:
+        raise ModelError(f"no gate is known for the activation {name}", hint=f"known: {', '.join(sorted(_GATES))}")
+    return _GATES[name](z)
