@@ -27,7 +27,7 @@ from mechinterp.models.scoring import one_question, with_prompt
 from mechinterp.models.wiring import find
 from mechinterp.types import ImageTextBatch
 
-__all__ = ["freeze_generative", "report_of"]
+__all__ = ["Plan", "freeze_generative", "plans_of", "report_of"]
 
 Answer = Contrast | Logit | TokenLogit | ReportToken
 
@@ -48,7 +48,7 @@ def freeze_generative(
     model: HookedVLM, batch: ImageTextBatch, outputs: Sequence[Answer]
 ) -> tuple[list[Stack], list[Readout]]:
     """Vision stack, language stack behind the projector, and logits of the language model as readouts."""
-    plans = _plans(model, batch, outputs)
+    plans = plans_of(model, batch, outputs)
     ids = max((plan.ids for plan in plans), key=len) if plans else _asked(model, batch, None).input_ids[0]  # type: ignore[index]
     for plan in plans:
         if not torch.equal(plan.ids, ids[: len(plan.ids)]):
@@ -73,7 +73,7 @@ def freeze_generative(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A combination of logits after a prompt: token `plus`, less token `minus` or the vocabulary's mean."""
 
     name: str
@@ -85,11 +85,12 @@ class _Plan:
     demeaned: bool
 
 
-def _plans(model: HookedVLM, batch: ImageTextBatch, outputs: Sequence[Answer]) -> list[_Plan]:
+def plans_of(model: HookedVLM, batch: ImageTextBatch, outputs: Sequence[Answer]) -> list[Plan]:
+    """Prompt and logits of each output. Causal attention: the longest prompt serves them all."""
     return [_plan(model, batch, output) for output in outputs]
 
 
-def _plan(model: HookedVLM, batch: ImageTextBatch, output: Answer) -> _Plan:
+def _plan(model: HookedVLM, batch: ImageTextBatch, output: Answer) -> Plan:
     words = model.tokenizer
     match output:
         case Contrast(target=target) | Logit(target=target):
@@ -98,8 +99,8 @@ def _plan(model: HookedVLM, batch: ImageTextBatch, output: Answer) -> _Plan:
                 raise UsageError("the batch does not ask the target's question", hint="make it with prepare()")
             yes, no = answer_token(words, target.yes, target.no), answer_token(words, target.no, target.yes)
             if isinstance(output, Contrast):
-                return _Plan(target.name, "contrast", ids, len(ids) - 1, yes, no, False)
-            return _Plan(f"{target.name}: {target.yes}", "logit", ids, len(ids) - 1, yes, None, output.demeaned)
+                return Plan(target.name, "contrast", ids, len(ids) - 1, yes, no, False)
+            return Plan(f"{target.name}: {target.yes}", "logit", ids, len(ids) - 1, yes, None, output.demeaned)
         case TokenLogit():
             if batch.input_ids is None:
                 raise UsageError("a batch without a prompt has no token positions", hint="make it with prepare()")
@@ -108,7 +109,7 @@ def _plan(model: HookedVLM, batch: ImageTextBatch, output: Answer) -> _Plan:
                 raise UsageError(f"position {output.position} is outside the prompt of {len(ids)} tokens")
             minus = None if output.versus is None else _token(words, output.versus)
             name = _name(words, plus, minus)
-            return _Plan(name, "logit", ids, output.position % len(ids), plus, minus, output.demeaned)
+            return Plan(name, "logit", ids, output.position % len(ids), plus, minus, output.demeaned)
         case ReportToken():
             asked = _asked(model, batch, output.prompt)
             made = report_of(model, batch, output.prompt)[0] if output.tokens is None else output.tokens
@@ -118,7 +119,7 @@ def _plan(model: HookedVLM, batch: ImageTextBatch, output: Answer) -> _Plan:
             ids = torch.cat([_ids(asked), prefix])
             minus = None if output.versus is None else _token(words, output.versus)
             name = _name(words, made[output.index], minus)
-            return _Plan(name, "report token", ids, len(ids) - 1, made[output.index], minus, output.demeaned)
+            return Plan(name, "report token", ids, len(ids) - 1, made[output.index], minus, output.demeaned)
         case _:
             assert_never(output)
 
@@ -144,7 +145,7 @@ def _name(tokenizer: Any, plus: int, minus: int | None) -> str:
     return word if minus is None else f"{word} - {tokenizer.decode([minus]).strip()}"
 
 
-def _readout(model: HookedVLM, cache: Cache, plan: _Plan, logits: Tensor, weight: float) -> Readout:
+def _readout(model: HookedVLM, cache: Cache, plan: Plan, logits: Tensor, weight: float) -> Readout:
     config = model.hf.config.text_config
     if getattr(config, "final_logit_softcapping", None) is not None:
         raise ModelError("caps its logits, which no frozen part stands for", where="config.json")
