@@ -56,9 +56,9 @@ class TokenLogit:
 class ReportToken:
     """The logit of token `index` of a report, at the position that predicts it (generative models).
 
-    `tokens` are the ids of the report; without them the model's greedy report is taken. `prompt` asks for the report
-    (None: the batch's prompt, or where it has none the model's own report prompt). `versus` is a token whose logit is taken off; without it and if `demeaned`,
-    the mean over the vocabulary is.
+    `tokens` are the ids of the report; without them the model's greedy report is taken (`graphs.frozen.report_of`).
+    `prompt` asks for the report (None: the batch's prompt, or where it has none the model's own report prompt).
+    `versus` is a token whose logit is taken off; without it and if `demeaned`, the mean over the vocabulary is.
     """
 
     index: int

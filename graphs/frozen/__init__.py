@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphs.frozen.capture import in_dtype
     from graphs.frozen.freezing import freeze
+    from graphs.frozen.generative import report_of
     from graphs.frozen.parts import FrozenPass
     from graphs.frozen.residuals import Residual, check, worst
 
-__all__ = ["FrozenPass", "Residual", "check", "freeze", "in_dtype", "worst"]
+__all__ = ["FrozenPass", "Residual", "check", "freeze", "in_dtype", "report_of", "worst"]
 
 _HOMES = {
     "FrozenPass": "parts",
@@ -27,6 +28,7 @@ _HOMES = {
     "check": "residuals",
     "freeze": "freezing",
     "in_dtype": "capture",
+    "report_of": "generative",
     "worst": "residuals",
 }
 
