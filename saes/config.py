@@ -176,10 +176,13 @@ class TranscoderConfig(_Run, _K):
     Args:
         sparsity: "topk" keeps `k` latents per row, "batchtopk" `k` per row on average over a batch.
         skip: whether `W_skip` is learnt.
+        least_share: token kinds (cls, patch, text) that are a smaller share of the rows are repeated in an epoch until
+            they are about that share. A class token is one row of 65 and may be all that the output reads.
     """
 
     sparsity: Literal["topk", "batchtopk"] = "topk"
     skip: bool = False
+    least_share: float = 0.0
 
     kind = "transcoder"
 
@@ -187,6 +190,8 @@ class TranscoderConfig(_Run, _K):
         super().__post_init__()
         if self.sparsity not in ("topk", "batchtopk"):
             raise self._wrong("sparsity", "topk or batchtopk")
+        if not 0 <= self.least_share <= 0.5:
+            raise self._wrong("least_share", "between 0 and 0.5")
 
 
 SAEConfig = TopKConfig | BatchTopKConfig | MatryoshkaConfig | JumpReLUConfig | GatedConfig

@@ -132,8 +132,9 @@ class Run:
         checkpoint = self.folder / CHECKPOINT
         _check_folder(self.folder)
         config = self.config
+        share = config.least_share if isinstance(config, TranscoderConfig) else 0.0
         self.data = TrainingData(
-            self.store, self.reads, self.writes, self.tokens, config.batch_size, config.epochs, self.seed
+            self.store, self.reads, self.writes, self.tokens, config.batch_size, config.epochs, self.seed, share
         )
         data = self.data
         self.trainer = Trainer(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mechinterp.activations.layout import Request
 from mechinterp.activations.shards import Rows
@@ -78,8 +81,10 @@ class _Captured(Exception):
 class Capture:
     """One extraction: loads batches, runs the model, hands back the rows of each site."""
 
-    def __init__(self, model: Any, data: Any, request: Request, target: Target | None):
-        self.model, self.data, self.request, self.target = model, data, request, target
+    def __init__(
+        self, model: Any, data: Any, request: Request, target: Target | None, texts: Sequence[str] | None = None
+    ):
+        self.model, self.data, self.request, self.target, self.texts = model, data, request, target, texts
         self.reads_text = request.reads_text
         self.generates = "text.hook_logits" in model.sites()
         self._maps: dict[str, TokenMap] = {}
@@ -148,6 +153,12 @@ class Capture:
         names = [self.data.images[row] for row in rows]
         if not self.reads_text:
             return self.model.preprocess(pixels, ids=names)
+        if self.texts is not None:
+            said = [self.texts[row] for row in rows]
+            alone = [
+                self.model.preprocess(pixels[i : i + 1], [said[i]], ids=names[i : i + 1]) for i in range(len(rows))
+            ]
+            return _stacked(_padded(alone, getattr(self.model.tokenizer, "pad_token_id", None) or 0))
         if self.generates:
             asked = self.target or next(iter(self.data.targets.values()), None)
             if asked is None:
@@ -179,6 +190,19 @@ def _stacked(batches: list[ImageTextBatch]) -> ImageTextBatch:
     return ImageTextBatch(
         torch.cat([b.pixel_values for b in batches]), joined("input_ids"), joined("attention_mask"), ids
     )
+
+
+def _padded(batches: list[ImageTextBatch], pad: int) -> list[ImageTextBatch]:
+    """Batches of one image with their texts brought to one length, on the right, where a causal model is not moved."""
+    rows = [batch.input_ids for batch in batches if batch.input_ids is not None]
+    longest, made = max(ids.shape[1] for ids in rows), []
+    if all(ids.shape[1] == longest for ids in rows):
+        return batches  # SigLIP's captions are of one length and have no mask: their padding is read
+    for batch, ids in zip(batches, rows, strict=True):
+        mask = torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask
+        more = (0, longest - ids.shape[1])
+        made.append(replace(batch, input_ids=F.pad(ids, more, value=pad), attention_mask=F.pad(mask, more)))
+    return made
 
 
 def _flat(site: str, value: Tensor) -> Tensor:

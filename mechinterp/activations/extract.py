@@ -47,9 +47,10 @@ def store_folder(
     batch_size: int = 64,
     seed: int = 0,
     target: Target | None = None,
+    texts: Sequence[str] | None = None,
 ) -> Path:
     """Folder below `root` that is named after the content of the request, for a cache of stores."""
-    request = Request.make(model, data, sites, tokens, batch_size, seed, target)
+    request = Request.make(model, data, sites, tokens, batch_size, seed, target, texts)
     return Path(root) / f"acts-{request.key[:16]}"
 
 
@@ -62,6 +63,7 @@ def extract(
     batch_size: int = 64,
     seed: int = 0,
     target: Target | None = None,
+    texts: Sequence[str] | None = None,
 ) -> ActivationStore:
     """Store the activations of `model` at `sites` over all images of `data`, in one pass.
 
@@ -74,6 +76,9 @@ def extract(
         batch_size: images per forward pass.
         seed: default seed of the random order in which the store is read.
         target: question put to a generative model when a site of its language tower is asked for.
+        texts: what is said beside each image when a site of the language side is asked for, in place of the target's
+            question (generative model: the prompt, and what has been written so far) or the image's report (dual
+            encoder). They may differ in length.
 
     Raises:
         UsageError: an argument that cannot be, or a site that cannot be stored.
@@ -83,14 +88,14 @@ def extract(
         StorageError: `out` holds something else, or cannot be written.
     """
     folder = Path(out)
-    request = Request.make(model, data, sites, tokens, batch_size, seed, target)
+    request = Request.make(model, data, sites, tokens, batch_size, seed, target, texts)
     absent = sorted(set(request.sites) - set(model.sites()))
     if absent:
         near = [name for name in model.sites() if name.rsplit(".", 1)[-1] == absent[0].rsplit(".", 1)[-1]]
         raise ModelError(f"has no site {absent[0]}", where="sites", hint=f"it has {', '.join(near[:8]) or 'others'}")
     if len(data) == 0:
         raise DataError("has no image", where="data")
-    run = Capture(model, data, request, target)
+    run = Capture(model, data, request, target, texts)
     layout = _claim(folder, request, run)
     if not (folder / MANIFEST).exists():
         _write_shards(folder, layout, run)
@@ -106,7 +111,7 @@ def _claim(folder: Path, request: Request, run: Capture) -> Layout:
     if (folder / CONFIG).exists():
         found, layout = read_config(folder)
         if found != request:
-            names = ("model", "data", "sites", "tokens", "batch_size", "seed", "target")
+            names = ("model", "data", "sites", "tokens", "batch_size", "seed", "target", "texts")
             differing = [name for name in names if getattr(found, name) != getattr(request, name)]
             raise StorageError(
                 f"holds the store of another request (differs in {', '.join(differing)})",

@@ -34,6 +34,7 @@ class Request:
     batch_size: int
     seed: int
     target: dict[str, Any] | None = None
+    texts: str | None = None
 
     @classmethod
     def make(
@@ -45,6 +46,7 @@ class Request:
         batch_size: int,
         seed: int,
         target: Target | None,
+        texts: Sequence[str] | None = None,
     ) -> Request:
         """Check the arguments and describe model and data by their hashes. Raises UsageError for what cannot be."""
         if tokens not in get_args(Tokens):
@@ -62,7 +64,13 @@ class Request:
             batch_size=batch_size,
             seed=seed,
         )
-        return replace(request, target=asdict(target)) if target is not None and request.reads_text else request
+        if texts is not None and len(texts) != len(data):
+            raise UsageError(f"{len(texts)} texts for {len(data)} images", where="texts", hint="one for each image")
+        if not request.reads_text:
+            return request
+        if texts is not None:
+            return replace(request, texts=hashlib.sha256(canonical_json(list(texts)).encode()).hexdigest())
+        return replace(request, target=asdict(target)) if target is not None else request
 
     @property
     def reads_text(self) -> bool:
@@ -72,7 +80,11 @@ class Request:
     @property
     def key(self) -> str:
         """Hex sha256 of the canonical JSON of the request."""
-        return hashlib.sha256(canonical_json(asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it: `texts` only where texts were given."""
+        return {name: value for name, value in asdict(self).items() if name != "texts" or value is not None}
 
     @property
     def batches(self) -> int:
@@ -113,7 +125,7 @@ def index_path(folder: Path, site: str) -> Path:
 
 def config_json(request: Request, layout: Layout) -> dict[str, Any]:
     """The content of config.json."""
-    return {"format": FORMAT, "schema_version": SCHEMA_VERSION, "request": asdict(request), "layout": asdict(layout)}
+    return {"format": FORMAT, "schema_version": SCHEMA_VERSION, "request": request.to_dict(), "layout": asdict(layout)}
 
 
 def read_config(folder: Path) -> tuple[Request, Layout]:

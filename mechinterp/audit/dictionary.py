@@ -1,10 +1,15 @@
-"""The dictionary that an audit reads: given, stored beside the model, kept from last time, or trained now."""
+"""The dictionaries that an audit reads: given, stored beside the model, kept from last time, or trained now.
+
+An SAE for features and their ablation; for attribution graphs a transcoder for the MLP of every block.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from pathlib import Path
+
+import numpy as np
 
 from mechinterp.activations import extract, store_folder
 from mechinterp.data import ImageData
@@ -15,12 +20,21 @@ from mechinterp.models.bundles import bundled_folder
 from mechinterp.storage import MANIFEST, sha256_file
 from mechinterp.types import Placed
 
-__all__ = ["cache_folder", "default_site", "dictionary_of", "model_folder", "tokens_of"]
+__all__ = [
+    "cache_folder",
+    "default_site",
+    "dictionary_of",
+    "model_folder",
+    "tokens_of",
+    "train_transcoders",
+    "transcoders_of",
+]
 
 log = logging.getLogger(__name__)
 
 STEPS, BATCH, WIDTH, ACTIVE = 1500, 1024, 1024, 16
 ROWS_PER_SECOND = 20_000  # of SAE training, width 1024, two cores; for the estimate that is shown only
+TRANSCODER_STEPS, RARE = 1200, 0.25  # steps of each transcoder; least share of a token kind, the class token above all
 
 
 def cache_folder() -> Path:
@@ -94,3 +108,92 @@ def _train(model: HookedVLM, data: ImageData, seed: int) -> tuple[Placed, str]:
     )
     store = extract(model, fitting, [site], where, tokens="all", seed=seed)
     return train_sae(store, site, config, out, seed=seed), said
+
+
+def transcoders_of(model: HookedVLM) -> list[Placed]:
+    """The transcoders stored beside a model, vision first, in the order of the blocks; [] where there are none."""
+    from saes import load_sae
+
+    folder = model_folder(model)
+    stored = folder.glob(f"transcoders/*/{MANIFEST}") if folder else []
+    return sorted((load_sae(path.parent) for path in stored), key=_order)
+
+
+def train_transcoders(model: HookedVLM, data: ImageData, seed: int) -> list[Placed]:
+    """A transcoder for the MLP of every block, trained on train and val patients and kept in the cache folder.
+
+    Vision blocks see all tokens of the images. Blocks of the language side see the images' reports and what the targets
+    are asked with (`texts_beside`); they get none where the data has neither.
+
+    Raises ModelError when the model has no MLP whose input and output can be read.
+    """
+    from saes import TranscoderConfig, load_sae
+    from saes.train import train_transcoder
+
+    fitting = data.subset(data.split != "test")
+    texts, made = texts_beside(model, fitting, seed), []
+    towers = {tower: pairs for tower in ("vision", "text") if (pairs := mlps(model, tower))}
+    if not towers:
+        raise ModelError("has no MLP with ln2.hook_normalized and hook_mlp_out", where=model.label)
+    for tower, pairs in towers.items():
+        if tower == "text" and texts is None:
+            log.warning("no transcoder for the language side of %s: %s has no text", model.label, data.name)
+            continue
+        sites = [site for pair in pairs for site in pair]
+        said = texts if tower == "text" else None
+        where = store_folder(cache_folder() / "activations", model, fitting, sites, "all", seed=seed, texts=said)
+        width = max(256, 4 * model.d_model(tower))
+        outs = [cache_folder() / "dictionaries" / f"{where.name}-{writes}-w{width}-s{seed}" for _, writes in pairs]
+        if not all((out / MANIFEST).exists() for out in outs):
+            log.warning(
+                "no transcoders are stored for the %s tower of %s: training %d takes about %.0f s; they are kept in %s",
+                tower,
+                model.label,
+                len(pairs),
+                5 + len(fitting) / 100 + len(pairs) * TRANSCODER_STEPS * BATCH / ROWS_PER_SECOND,
+                cache_folder(),
+            )
+            store = extract(model, fitting, sites, where, "all", seed=seed, texts=said)
+            rows = len(store.rows(sites[0], "train"))
+            epochs = -(-TRANSCODER_STEPS // max(1, rows // BATCH))
+            config = TranscoderConfig(k=ACTIVE, width=width, epochs=epochs, lr=5e-3, batch_size=BATCH, least_share=RARE)
+            for (reads, writes), out in zip(pairs, outs, strict=True):
+                train_transcoder(store, reads, writes, config, out, seed=seed)
+        made += [load_sae(out) for out in outs]
+    return sorted(made, key=_order)
+
+
+def mlps(model: HookedVLM, tower: str) -> list[tuple[str, str]]:
+    """(what it reads, what it writes) of the MLP of every block of a tower, in order."""
+    found = set(model.sites(f"{tower}.blocks.*"))
+    pairs = [
+        (f"{tower}.blocks.{layer}.ln2.hook_normalized", f"{tower}.blocks.{layer}.hook_mlp_out")
+        for layer in range(sum(name.endswith(".hook_mlp_out") for name in found))
+    ]
+    return [pair for pair in pairs if found.issuperset(pair)]
+
+
+def texts_beside(model: HookedVLM, data: ImageData, seed: int) -> list[str] | None:
+    """One text for each image, for the language side: what targets are asked with and reports, half and half.
+
+    A generative model's report stands behind its request for one. None where the data has neither targets nor reports,
+    or the model has no language side.
+    """
+    if not model.sites("text.blocks.*"):
+        return None
+    rng, targets = np.random.default_rng(seed), list(data.targets.values())
+    if "text.hook_logits" in model.sites():
+        asked = [target.asked() for target in targets]
+        start = getattr(model.hf.config, "report_prompt", None) or "write a report"
+        written = [None if text is None else f"{start} {text}" for text in data.reports]
+    else:
+        asked = [text for target in targets for text in (target.positive, target.negative) if text]
+        written = list(data.reports)
+    if not asked and not all(written):
+        return None
+    return [text if text and (not asked or rng.random() < 0.5) else str(rng.choice(asked)) for text in written]
+
+
+def _order(placed: Placed) -> tuple[int, str, int]:
+    """Vision before what reads it, then by block."""
+    return placed.reads.tower != "vision", placed.reads.tower, placed.reads.layer or 0

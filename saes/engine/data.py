@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mechinterp.activations import ActivationStore
+from mechinterp.activations.order import permutation
 from mechinterp.errors import NonFiniteError, UsageError
 from mechinterp.types import Site
 
@@ -49,6 +50,7 @@ class TrainingData:
         reads, writes: sites; the same for an SAE.
         tokens: which kind of rows to train on; "all" for every row of the store.
         batch_size, epochs, seed: of the order.
+        least_share: token kinds below this share of the rows are repeated (`TranscoderConfig`).
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class TrainingData:
         batch_size: int,
         epochs: int,
         seed: int,
+        least_share: float = 0.0,
     ):
+        self.least_share = least_share
         self.store, self.reads, self.writes, self.tokens, self.seed = store, reads, writes, tokens, seed
         self.source, self.target = store.site(reads), store.site(writes)
         self.kinds = token_kinds(store, reads, tokens)
@@ -78,6 +82,8 @@ class TrainingData:
 
     def order(self, epoch: int) -> Rows:
         """Row numbers in the order of one epoch."""
+        if self.least_share:
+            return self._repeated[permutation(len(self._repeated), self.seed, epoch)]
         order = self.store.order(self.reads, seed=self.seed, epoch=epoch, split="train")
         return order if self._wanted is None else order[self._wanted[order]]
 
@@ -86,6 +92,19 @@ class TrainingData:
         """Which rows are of the kind; None where all are."""
         index = self.store.index_of(self.reads)
         return None if sum(self.kinds.values()) == len(index) else (index["kind"] == self.tokens).to_numpy()
+
+    @cached_property
+    def _repeated(self) -> Rows:
+        """Training rows in increasing order, those of rare kinds as often as `least_share` asks."""
+        rows = self.store.rows(self.reads, "train")
+        rows = rows if self._wanted is None else rows[self._wanted[rows]]
+        kinds = self.store.index_of(self.reads)["kind"].to_numpy()[rows]
+        times = np.ones(len(rows), np.int64)
+        for kind in np.unique(kinds):
+            of_kind = kinds == kind
+            others = self.least_share / (1 - self.least_share) * (len(rows) - of_kind.sum())
+            times[of_kind] = max(1, round(others / of_kind.sum()))
+        return np.repeat(rows, times)
 
     @property
     def transcodes(self) -> bool:
