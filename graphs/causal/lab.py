@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from graphs.causal.changes import Change, FeatureAt
-from graphs.causal.legs import Leg, legs_of, read_output
+from graphs.causal.legs import Leg, legs_of, read_outputs
 from graphs.causal.sites import Hooks, Mode, edits_of, hold, keep, site_hooks
 from graphs.frozen.parts import FrozenPass, Readout
 from graphs.targets import Feature, Output
@@ -241,13 +241,9 @@ class Lab:
         return torch.stack(columns, dim=1)
 
     def _read(self, results: dict[str, Tensor], pre: Tensor, n: int) -> Float[Tensor, "change output"]:
-        columns, feature = [], iter(pre.T)
-        for output in self.outputs:
-            if isinstance(output, Feature):
-                columns.append(next(feature).double())
-            else:
-                columns.append(read_output(self.model, output, self.outputs, results).double().expand(n))
-        return torch.stack(columns, dim=1)
+        feature, other = iter(pre.T), iter(read_outputs(self.model, self.outputs, self.legs, results))
+        columns = [next(feature if isinstance(output, Feature) else other).double() for output in self.outputs]
+        return torch.stack([column.expand(n) for column in columns], dim=1)
 
 
 def _grouped(watch: Iterable[FeatureAt]) -> dict[tuple[str, int], list[int]]:

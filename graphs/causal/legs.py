@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from graphs.frozen.generative import plans_of
 from graphs.targets import Contrast, Feature, Logit, Output, ReportToken, Similarity, TokenLogit
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM, heads
-from mechinterp.models.prompts import answer_token
 from mechinterp.models.tables import Classifier, Dual, Features, Generative
 from mechinterp.types import ImageTextBatch
 
-__all__ = ["Leg", "captions_of", "legs_of", "read_output"]
+__all__ = ["Leg", "captions_of", "legs_of", "read_outputs", "text_towers"]
 
 Results = Mapping[str, Tensor]
 
@@ -34,11 +34,13 @@ class Leg:
         name: of the leg.
         towers: towers of the graph that it runs; the hook names have the part before the dot.
         run: from a number of rows to the result, `[row, ...]`.
+        plans: which logits each output of a generative model is; the result has one position for each.
     """
 
     name: str
     towers: tuple[str, ...]
     run: Callable[[int], Tensor]
+    plans: tuple[Any, ...] = ()
 
 
 def captions_of(outputs: Sequence[Output]) -> tuple[str, ...]:
@@ -66,25 +68,20 @@ def legs_of(model: HookedVLM, batch: ImageTextBatch, outputs: Sequence[Output]) 
             inputs = heads.inputs_of(model.hf, model.table, replace(rows(n), input_ids=None, attention_mask=None))
             return heads.image_features(model.hf, model.table, inputs["pixel_values"])
 
-    def logits(n: int) -> Tensor:
-        if batch.input_ids is None:
-            raise UsageError("a generative model needs a prompt", where="batch", hint="make it with prepare()")
-        with model.attached():
-            return model.hf(**heads.inputs_of(model.hf, model.table, rows(n)), use_cache=False).logits
-
     def classes(n: int) -> Tensor:
         return model.hf.classifier(image(n)) if not model.hooked("vision.hook_logits") else model(rows(n)).logits
 
     match model.table.head:
         case Dual():
             captions = captions_of(outputs)
+            names = text_towers(captions)
             texts = tuple(
-                Leg(f"text.{i}", (f"text.{i}",), lambda n, text=text: model.encode_text([text] * n))
-                for i, text in enumerate(captions)
+                Leg(name, (name,), lambda n, text=text: model.encode_text([text] * n))
+                for name, text in zip(names, captions, strict=True)
             )
             return (Leg("vision", ("vision",), image), *texts)
         case Generative():
-            return (Leg("all", ("vision", "text"), logits),)
+            return (_generative(model, batch, outputs),)
         case Classifier():
             return (Leg("vision", ("vision",), classes),)
         case Features():
@@ -93,56 +90,62 @@ def legs_of(model: HookedVLM, batch: ImageTextBatch, outputs: Sequence[Output]) 
             assert_never(model.table.head)
 
 
-def read_output(
-    model: HookedVLM, output: Output, outputs: Sequence[Output], results: Results, prompt_end: int = -1
-) -> Float[Tensor, " row"]:
-    """The value of an output in each row. `prompt_end`: where a generative model's answer is read.
+def text_towers(captions: Sequence[str]) -> tuple[str, ...]:
+    """What the text stacks of a dual encoder are called in a graph."""
+    return ("text",) if len(captions) == 1 else tuple(f"text.{i}" for i in range(len(captions)))
 
-    Raises UsageError for an output that the family does not have, and for a feature (watch it instead).
-    """
+
+def _generative(model: HookedVLM, batch: ImageTextBatch, outputs: Sequence[Output]) -> Leg:
+    """The prompt (and as much of the report as the outputs need) that the frozen pass has."""
+    plans = plans_of(model, batch, [o for o in outputs if not isinstance(o, Feature)])  # type: ignore[arg-type]
+    if not plans and batch.input_ids is None:
+        raise UsageError("a generative model needs a prompt", where="batch", hint="make it with prepare()")
+    ids = max((plan.ids for plan in plans), key=len) if plans else batch.input_ids[0]  # type: ignore[index]
+
+    def logits(n: int) -> Tensor:
+        row = ids[None].expand(n, -1)
+        asked = ImageTextBatch(batch.pixel_values.expand(n, -1, -1, -1), row, torch.ones_like(row))
+        positions = torch.tensor([plan.row for plan in plans] or [-1])
+        with model.attached():
+            inputs = heads.inputs_of(model.hf, model.table, asked)
+            return model.hf(**inputs, use_cache=False, logits_to_keep=positions).logits
+
+    return Leg("all", ("vision", "text"), logits, tuple(plans))
+
+
+def read_outputs(
+    model: HookedVLM, outputs: Sequence[Output], legs: Sequence[Leg], results: Results
+) -> list[Float[Tensor, " row"]]:
+    """The values of all outputs that are no features, in their order, from the results of the legs."""
+    asked = [output for output in outputs if not isinstance(output, Feature)]
+    if isinstance(model.table.head, Generative):
+        plans = legs[0].plans
+        logits = results[legs[0].name]
+        return [_logit(logits[:, i], plan.plus, plan.minus, plan.demeaned) for i, plan in enumerate(plans)]
+    return [_read(model, output, captions_of(outputs), results) for output in asked]
+
+
+def _read(model: HookedVLM, output: Output, captions: tuple[str, ...], results: Results) -> Float[Tensor, " row"]:
     head = model.table.head
     match output:
         case Contrast(target) | Similarity(target) if isinstance(head, Dual):
-            captions = captions_of(outputs)
-            similarity = {}
-            for text in (target.positive, target.negative if isinstance(output, Contrast) else None):
-                if text is not None:
-                    similarity[text] = _cosine(model, results["vision"], results[f"text.{captions.index(text)}"])
-            value = similarity[target.positive]
-            return value - similarity[target.negative] if len(similarity) == 2 else value
-        case Contrast(target) if isinstance(head, Generative):
-            return heads.answer_scores(model.tokenizer, results["all"][:, prompt_end], [target])[:, 0]
+            towers = dict(zip(captions, text_towers(captions), strict=True))
+            value = _cosine(model, results["vision"], results[towers[target.positive]])
+            if isinstance(output, Similarity) or target.negative is None:
+                return value
+            return value - _cosine(model, results["vision"], results[towers[target.negative]])
         case Contrast(target) if isinstance(head, Classifier):
-            logits = results["vision"]
-            value = logits[:, heads.class_index(model.hf, target)]
+            chosen = heads.class_index(model.hf, target)
             if target.negative is None:
-                return value - logits.mean(1)
+                return _logit(results["vision"], chosen, None, demeaned=True)
             other = replace(target, name=target.negative, positive=target.negative)
-            return value - logits[:, heads.class_index(model.hf, other)]
-        case Logit(target, demeaned) if isinstance(head, Generative):
-            token = answer_token(model.tokenizer, target.yes, target.no)
-            return _logit(results["all"][:, prompt_end], token, None, demeaned)
+            return _logit(results["vision"], chosen, heads.class_index(model.hf, other), demeaned=False)
         case Logit(target, demeaned) if isinstance(head, Classifier):
             return _logit(results["vision"], heads.class_index(model.hf, target), None, demeaned)
-        case TokenLogit(token, position, versus, demeaned) if isinstance(head, Generative):
-            logits = results["all"][:, position]
-            return _logit(logits, token_id(model, token), None if versus is None else token_id(model, versus), demeaned)
-        case Feature():
-            raise UsageError("a feature is watched, not read", where="outputs")
-        case Contrast() | Similarity() | Logit() | TokenLogit() | ReportToken():
+        case Contrast() | Similarity() | Logit() | TokenLogit() | ReportToken() | Feature():
             raise UsageError(f"{type(output).__name__} is no output of a {model.family} model", where="outputs")
         case _:
             assert_never(output)
-
-
-def token_id(model: HookedVLM, token: str | int) -> int:
-    """The id of a token given by its text or id."""
-    if isinstance(token, int):
-        return token
-    ids: list[int] = model.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise UsageError(f"{token!r} is {len(ids)} tokens", where="token", hint="give one token, or its id")
-    return ids[0]
 
 
 def _logit(logits: Float[Tensor, "row word"], token: int, versus: int | None, demeaned: bool) -> Tensor:
