@@ -34,8 +34,9 @@ def prune(graph: AttributionGraph, node: float | int = 0.8, edge: float | int = 
 
     Raises UsageError when a threshold is not in `[0, 1]`.
     """
-    keep_nodes, keep_edges = prune_masks(graph, node, edge)
-    found = influence(graph)
+    edges = edges_of(graph)
+    keep_nodes, keep_edges = prune_masks(graph, node, edge, edges)
+    found = influence(graph, edges)
     pruned = graph.with_nodes(graph.nodes.with_influence(found)).subgraph(keep_nodes, keep_edges)
     about = {
         "node_threshold": node,
@@ -44,13 +45,13 @@ def prune(graph: AttributionGraph, node: float | int = 0.8, edge: float | int = 
         "edges_before": graph.n_edges,
         "nodes": len(pruned.nodes),
         "edges": pruned.n_edges,
-        "scores": scores(graph, keep_nodes).to_dict(),
+        "scores": scores(graph, keep_nodes, edges).to_dict(),
     }
-    return replace(pruned, meta={**graph.meta, "pruning": about, "scores": scores(graph).to_dict()})
+    return replace(pruned, meta={**graph.meta, "pruning": about, "scores": scores(graph, edges=edges).to_dict()})
 
 
 def prune_masks(
-    graph: AttributionGraph, node: float | int = 0.8, edge: float | int = 0.98
+    graph: AttributionGraph, node: float | int = 0.8, edge: float | int = 0.98, edges: Edges | None = None
 ) -> tuple[Bool[Tensor, " node"], Bool[Tensor, " edge"]]:
     """Which nodes, and which edges in the order of `graph.edges`, pruning keeps.
 
@@ -63,7 +64,7 @@ def prune_masks(
     for name, value in (("node", node), ("edge", edge)):
         if not 0 <= value <= 1:
             raise UsageError(f"is {value}", where=f"threshold for {name}s", hint="a share between 0 and 1")
-    edges = edges_of(graph)
+    edges = edges or edges_of(graph)
     nodes = graph.nodes
     found = influence(graph, edges)
     fixed = nodes.is_type(NodeType.OUTPUT, NodeType.PATCH, NodeType.TOKEN)

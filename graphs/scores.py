@@ -59,7 +59,7 @@ class Scores:
         return asdict(self)
 
 
-def scores(graph: AttributionGraph, kept: Bool[Tensor, " node"] | None = None) -> Scores:
+def scores(graph: AttributionGraph, kept: Bool[Tensor, " node"] | None = None, edges: Edges | None = None) -> Scores:
     """Score a graph.
 
     Args:
@@ -67,11 +67,12 @@ def scores(graph: AttributionGraph, kept: Bool[Tensor, " node"] | None = None) -
             they count as unexplained with the absolute values of those sums, which is the least they can be.
         kept: mask of nodes that count; the others count as errors, as the paper scores a pruned graph. Score the whole
             graph with the mask of the pruned one: then nothing is underestimated.
+        edges: `edges_of(graph)`, where it is at hand.
     """
     nodes, n = graph.nodes, len(graph.nodes)
     kept = torch.ones(n, dtype=torch.bool) if kept is None else kept
     unexplained = (nodes.type == NodeType.ERROR) | graph.leaves | ~kept
-    edges = edges_of(graph)
+    edges = edges or edges_of(graph)
     size = edges.weight.abs()
     lost = torch.zeros(n, dtype=torch.float64)
     lost[graph.targets] = graph.rest.double().abs().sum(1)
