@@ -43,6 +43,11 @@ EXPERIMENTS: dict[str, Experiment] = {
             "at which association do a finding's and a shortcut's latents merge, and does deconfounded matching help?",
             "mechinterp.experiments.confounding_dose",
         ),
+        Experiment(
+            "iq-tabular",
+            "does an injected column turn explanations of rows around, and does RBP turn them back?",
+            "mechinterp.experiments.iq_tabular",
+        ),
     )
 }
 

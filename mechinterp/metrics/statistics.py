@@ -25,6 +25,7 @@ __all__ = [
     "holm",
     "percentile_interval",
     "permutation_p",
+    "sign_flip_p",
     "smallest_detectable_effect",
     "strata_of",
     "stratified_auroc_columns",
@@ -219,6 +220,14 @@ def permutation_p(observed: float, null: Float[np.ndarray, " draw"]) -> float:
     if len(null) == 0 or not np.isfinite(observed):
         return float("nan")
     return float((np.count_nonzero(null >= observed) + 1) / (len(null) + 1))
+
+
+def sign_flip_p(differences: Float[np.ndarray, " n"], draws: int = 4999, seed: int = 0) -> float:
+    """Two-sided p of paired differences whose signs are exchangeable under no difference (Fisher 1935)."""
+    if len(differences) == 0 or not np.isfinite(differences).all():
+        return float("nan")
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, len(differences)))
+    return permutation_p(float(abs(differences.mean())), np.abs(signs @ differences) / len(differences) + 1e-15)
 
 
 def smallest_detectable_effect(standard_error: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
