@@ -55,7 +55,8 @@ def train_sae(
             ends in the same bytes as one that was never interrupted.
         seed: of the weights and of the data order.
         tokens: train on rows of one kind (patch, cls, pooled, text) only. Default: on every row of the store, whose
-            own choice of tokens is what the dictionary then records.
+            own choice of tokens is what the dictionary then records. Where a language model's store holds image tokens
+            and words, it must be said: one of them, or "all".
         device: where the steps run, for example "cuda". Results differ in the last bits between devices.
 
     Raises:
@@ -104,6 +105,10 @@ class Run:
         self.store, self.config, self.folder, self.seed, self.device = store, config, folder, seed, device
         self.reads, self.writes = Site.parse(reads), Site.parse(writes)
         self.tokens = tokens or store.request.tokens
+        held = [str(kind) for kind in sorted(store.index_of(self.reads)["kind"].unique())]
+        if tokens is None and self.reads.tower == "text" and len(held) > 1:
+            hint = f"say which with tokens: {', '.join(held)}, or all"
+            raise UsageError(f"holds {' and '.join(held)} tokens at {self.reads}", where=str(store.folder), hint=hint)
         transcodes = isinstance(config, TranscoderConfig)
         if transcodes != (self.reads != self.writes):
             hint = "a transcoder has two, and a TranscoderConfig; an SAE has one"

@@ -1,6 +1,7 @@
 """Train the transcoders that ship with a bundled model: one for the MLP of every block of both towers.
 
-    python training/transcoders.py MODEL [--data FOLDER]        (about 5 minutes on one core)
+    python training/transcoders.py MODEL                        (about 5 minutes on one core)
+    python training/transcoders.py cxr-clip --data FOLDER --longer 5
     python training/transcoders.py MODEL --measure-only         (measure again what is stored, and print it)
 
 1. Extract what every MLP reads (normalised) and writes, at every token: patches, class token, words. Phantoms of a seed
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,14 +86,13 @@ def pairs(model: HookedVLM, tower: str) -> list[tuple[str, str]]:
     return [(f"{block}.ln2.hook_normalized", f"{block}.hook_mlp_out") for block in blocks]
 
 
-def config_of(model: HookedVLM, tower: str) -> TranscoderConfig:
+def config_of(model: HookedVLM, tower: str, longer: int = 1) -> TranscoderConfig:
     """Width, k and schedule for a tower."""
-    if tower == "vision":
-        return VISION
-    return LANGUAGE if generates(model) else WORDS
+    config = VISION if tower == "vision" else LANGUAGE if generates(model) else WORDS
+    return replace(config, epochs=config.epochs * longer)
 
 
-def sections(model: HookedVLM, lines: list[Line], total: Whole, seed: int, images: int, of: str) -> str:
+def sections(model: HookedVLM, lines: list[Line], total: Whole, command: str, seed: int, of: str) -> str:
     """The card's section."""
     shown = {tower: config_of(model, tower) for tower in ("vision", "text")}
     sizes = "; ".join(f"{tower}: width {c.width}, k {c.k}" for tower, c in shown.items())
@@ -105,8 +106,8 @@ def sections(model: HookedVLM, lines: list[Line], total: Whole, seed: int, image
         [
             "## Transcoders",
             "",
-            f"For the MLP of every block, in `transcoders/`: TopK ({sizes}), by `python training/transcoders.py "
-            f"{model.label}`, seed {seed}, on {images} {of}. On test patients:",
+            f"For the MLP of every block, in `transcoders/`: TopK ({sizes}), by `{command}`, "
+            f"seed {seed}, on {of}. On test patients:",
             "",
             Line.head,
             "| --- " * (Line.head.count("|") - 1) + "|",
@@ -145,30 +146,34 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="default: phantoms drawn without association")
     parser.add_argument("--images", type=int, default=4000, help="phantoms to render")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longer", type=int, default=1, help="times as many epochs, where there are few images")
     parser.add_argument("--measure-only", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, out = HookedVLM.from_pretrained(args.model), BUNDLED / args.model
     with tempfile.TemporaryDirectory() as temporary:
-        scratch, phantom, of = Path(temporary), None, f"images of {args.data}"
+        scratch, phantom = Path(temporary), None
         if args.data is None:
-            phantom, of = Phantom.sample(args.images, seed=SEED_OF_IMAGES), "phantoms drawn without association"
+            phantom = Phantom.sample(args.images, seed=SEED_OF_IMAGES)
             phantom.write(scratch / "phantom", masks=False)
         data = open_data(args.data or scratch / "phantom")
-        of = of if phantom is not None else f"images of {data.name}"
+        of = data.name if phantom is None else f"{len(data)} phantoms drawn without association"
         stores = stores_of(model, data, texts_of(model, data, phantom, args.seed), scratch)
         lines = []
         for tower, store in stores.items():
             for reads, writes in pairs(model, tower):
                 folder = out / "transcoders" / writes
                 if not args.measure_only:
-                    train_transcoder(store, reads, writes, config_of(model, tower), folder, seed=args.seed)
+                    train_transcoder(
+                        store, reads, writes, config_of(model, tower, args.longer), folder, seed=args.seed, tokens="all"
+                    )
                 lines.append(measure(load_sae(folder), store))
                 print(lines[-1].row(), flush=True)
         placed = [load_sae(path) for path in sorted((out / "transcoders").iterdir())]
-        section = sections(
-            model, lines, whole(model, placed, data, targets_of(data, phantom)), args.seed, len(data), of
+        command = f"python training/transcoders.py {args.model}" + (
+            "" if phantom is not None else f" --data FOLDER --longer {args.longer}"
         )
+        section = sections(model, lines, whole(model, placed, data, targets_of(data, phantom)), command, args.seed, of)
         write_card(out, section)
         print(section)
 

@@ -158,7 +158,7 @@ def train_transcoders(model: HookedVLM, data: ImageData, seed: int) -> list[Plac
             epochs = -(-TRANSCODER_STEPS // max(1, rows // BATCH))
             config = TranscoderConfig(k=ACTIVE, width=width, epochs=epochs, lr=5e-3, batch_size=BATCH, least_share=RARE)
             for (reads, writes), out in zip(pairs, outs, strict=True):
-                train_transcoder(store, reads, writes, config, out, seed=seed)
+                train_transcoder(store, reads, writes, config, out, seed=seed, tokens="all")
         made += [load_sae(out) for out in outs]
     return sorted(made, key=_order)
 
