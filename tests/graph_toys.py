@@ -11,7 +11,9 @@ under test: nothing here calls `apply`, `adjoint` or `bias`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,3 +199,31 @@ def bridged_pass(
     readouts = (_readout(draw, stacks, 1, False, pos - 1, "logit 0", 1.0),)
     freezes = (*_freezes(stacks), "projector gate")
     return FrozenPass(tuple(stacks), readouts, freezes, {"label": "toy", "family": "toy", "sha256": "0"}, "0")
+
+
+def parts_of(frozen: FrozenPass) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Any, Any]]:
+    """Every linear part of a pass: its map, its adjoint, the shape that goes in and the one that comes out."""
+    found = {}
+    for stack in frozen.stacks:
+        for block in stack.blocks:
+            shape, name = tuple(block.resid_pre.shape), f"{stack.tower}.{block.layer}"
+            found[f"{name}.attention"] = (block.attention.apply, block.attention.adjoint, shape, shape)
+            found[f"{name}.mlp"] = (block.mlp.apply, block.mlp.adjoint, shape, shape)
+            found[f"{name}.norm2"] = (block.norm2.linear, block.norm2.adjoint, shape, shape)
+        if stack.bridge is not None:
+            source = frozen.stacks[stack.bridge_from].final
+            shapes = tuple(source.shape), tuple(stack.final.shape)
+            found[f"{stack.tower}.bridge"] = (stack.bridge.apply, stack.bridge.adjoint, *shapes)
+    return found
+
+
+def pairing_errors(frozen: FrozenPass, seed: int) -> dict[str, float]:
+    """`<adjoint(g), x> - <g, apply(x)>` of every part, relative, for several g at once."""
+    generator = torch.Generator().manual_seed(seed)
+    errors = {}
+    for name, (apply, adjoint, shape_in, shape_out) in parts_of(frozen).items():
+        x = torch.randn(shape_in, generator=generator, dtype=torch.float64)
+        g = torch.randn(shape_out[0], 3, shape_out[1], generator=generator, dtype=torch.float64)
+        back, ahead = torch.einsum("ptd,pd->t", adjoint(g), x), torch.einsum("ptd,pd->t", g, apply(x))
+        errors[name] = float(((back - ahead).abs() / (ahead.abs() + 1)).max())
+    return errors

@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from graph_toys import bridged_pass, random_pass, relu_transcoders
-from hypothesis import given, settings
+from graph_toys import bridged_pass, pairing_errors, random_pass, relu_transcoders
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from graphs.frozen.norms import FrozenNorm
-from graphs.frozen.parts import FrozenBlock, FrozenPass
+from graphs.frozen.parts import FrozenBlock
 
 
-def parts_of(frozen: FrozenPass) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Any, Any]]:
-    """Every linear part of a pass: its map, its adjoint, the shape that goes in and the one that comes out."""
-    found = {}
-    for stack in frozen.stacks:
-        for block in stack.blocks:
-            shape, name = tuple(block.resid_pre.shape), f"{stack.tower}.{block.layer}"
-            found[f"{name}.attention"] = (block.attention.apply, block.attention.adjoint, shape, shape)
-            found[f"{name}.mlp"] = (block.mlp.apply, block.mlp.adjoint, shape, shape)
-            found[f"{name}.norm2"] = (block.norm2.linear, block.norm2.adjoint, shape, shape)
-        if stack.bridge is not None:
-            source = frozen.stacks[stack.bridge_from].final
-            shapes = tuple(source.shape), tuple(stack.final.shape)
-            found[f"{stack.tower}.bridge"] = (stack.bridge.apply, stack.bridge.adjoint, *shapes)
-    return found
-
-
-def pairing_errors(frozen: FrozenPass, seed: int) -> dict[str, float]:
-    """`<adjoint(g), x> - <g, apply(x)>` of every part, relative, for several g at once."""
-    generator = torch.Generator().manual_seed(seed)
-    errors = {}
-    for name, (apply, adjoint, shape_in, shape_out) in parts_of(frozen).items():
-        x = torch.randn(shape_in, generator=generator, dtype=torch.float64)
-        g = torch.randn(shape_out[0], 3, shape_out[1], generator=generator, dtype=torch.float64)
-        back, ahead = torch.einsum("ptd,pd->t", adjoint(g), x), torch.einsum("ptd,pd->t", g, apply(x))
-        errors[name] = float(((back - ahead).abs() / (ahead.abs() + 1)).max())
-    return errors
-
-
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     seed=st.integers(0, 10_000), causal=st.booleans(), norm=st.sampled_from(["layer", "rms"]), heads=st.integers(1, 4)
 )

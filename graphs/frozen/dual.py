@@ -39,18 +39,18 @@ def freeze_dual(
     """Stacks and readouts of a dual encoder: for each output the image half, and the text half caption by caption."""
     pairs = [_captions(output) for output in outputs]
     captions = list(dict.fromkeys(text for pair in pairs for text in pair if text is not None))
-    with recording(model, ("vision",)) as cache:
+    runs, texts = [], []
+    with recording(model, ("vision", "text")) as cache:
         image = model.encode_image(batch)[0]
-    blocks = frozen_blocks(model, "vision", cache)
-    stacks = [Stack("vision", blocks, image_inputs(model, batch.pixel_values[0]), False, image_labels(model))]
-    heads: list[Head] = [_image_head(model, cache)]
-    texts = []
-    for i, caption in enumerate(captions):
-        with recording(model, ("text",)) as cache:
+        runs.append(dict(cache))
+        for caption in captions:
             texts.append(model.encode_text([caption])[0])
-        name = "text" if len(captions) == 1 else f"text.{i}"
-        stacks.append(_text_stack(model, cache, caption, name))
-        heads.append(_text_head(model, cache))
+            runs.append(dict(cache))
+    blocks = frozen_blocks(model, "vision", runs[0])
+    stacks = [Stack("vision", blocks, image_inputs(model, batch.pixel_values[0]), False, image_labels(model))]
+    names = ["text"] if len(captions) == 1 else [f"text.{i}" for i in range(len(captions))]
+    stacks += [_text_stack(model, *each) for each in zip(runs[1:], captions, names, strict=True)]
+    heads = [_image_head(model, runs[0]), *(_text_head(model, run) for run in runs[1:])] if outputs else []
     where = {caption: i + 1 for i, caption in enumerate(captions)}
     readouts = [
         readout
@@ -132,10 +132,11 @@ def _image_head(model: HookedVLM, cache: Cache) -> Head:
 def _scale(cache: Cache, norm: Any) -> Float[Tensor, "pos 1"]:
     """The final norm's scale. CLIP norms the CLS token alone; the scale of the others is 1 and multiplies nothing."""
     scale = cache["vision.ln_final.hook_scale"]
-    last = [name for name in cache if name.endswith("hook_resid_post")][-1]
     if scale.ndim == 2:
         return scale
-    return torch.ones_like(cache[last][:, :1]).index_copy_(0, torch.tensor([0]), scale[None])
+    every = torch.ones_like(cache["vision.blocks.0.hook_resid_pre"][:, :1])
+    every[0] = scale
+    return every
 
 
 def _pooled_head(head: Any, norm: Any, normed: Float[Tensor, "pos d"]) -> PooledHead:

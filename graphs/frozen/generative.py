@@ -59,7 +59,7 @@ def freeze_generative(
     seen = frozen_blocks(model, "vision", cache)
     told = frozen_blocks(model, "text", cache)
     vision = Stack("vision", seen, image_inputs(model, batch.pixel_values[0]), False, image_labels(model))
-    at_image = image_mask(model.hf, ids)
+    at_image = image_mask(model.hf, ids[None])[0]
     slots, words = at_image.nonzero()[:, 0], (~at_image).nonzero()[:, 0]
     bridge = _projector(model, cache, vision.final, slots, len(ids))
     # an image's tokens may see each other: only what the patterns say is causal is called so

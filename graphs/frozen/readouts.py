@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,14 +17,6 @@ from graphs.targets import Feature
 from mechinterp.errors import UsageError
 
 __all__ = ["Head", "PooledHead", "RowHead", "encoder_of", "feature_readouts"]
-
-
-class Head(Protocol):
-    """What maps the last stream of a stack to a vector `[d_out]`, frozen."""
-
-    def pull(self, direction: Float[Tensor, " d_out"]) -> tuple[Float[Tensor, "pos d"], float]:
-        """The seed and the constant of `direction . head(stream)`."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +50,10 @@ class PooledHead:
         constant = (self.mlp.bias * direction).sum()
         g = g + self.mlp.adjoint(g)
         return self.attention.adjoint(g)[:, 0].contiguous(), float(constant + (self.attention.bias * g[:, 0]).sum())
+
+
+Head = RowHead | PooledHead
+"""What maps the last stream of a stack to a vector `[d_out]`, frozen."""
 
 
 def encoder_of(feature: Feature) -> tuple[Float[Tensor, " d"], float]:
