@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from graphs.replace import Direction, Mode, Replacement
 from graphs.rows import Rows
 from graphs.sweep import Sweep
 from mechinterp.errors import UsageError
+from mechinterp.storage import canonical_json
 from mechinterp.types import Placed
 
 __all__ = ["build_graph"]
@@ -84,7 +86,7 @@ def build_graph(
     graph = AttributionGraph(layout.nodes.with_influence(influence), matrix, targets, rest, outputs, meta)
     certificate = certify(graph, limit)
     meta |= {"certificate": certificate.to_dict(), "max_relative_residual": certificate.max_relative_residual}
-    return replace(graph, meta=meta)
+    return replace(graph, meta=json.loads(canonical_json(meta)))
 
 
 def _expand(sweep: Sweep, rows: Rows, targets: Tensor) -> None:

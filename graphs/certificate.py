@@ -57,7 +57,9 @@ class Certificate:
         return {**asdict(self), "holds": self.holds}
 
 
-def relative_residuals(graph: AttributionGraph) -> Float[Tensor, " target"]:
+def relative_residuals(
+    graph: AttributionGraph, residuals: Float[Tensor, " target"] | None = None
+) -> Float[Tensor, " target"]:
     """`|row sum + rest + constant - pre| / scale` of each row, in float64.
 
     The scale of a feature is `|pre - constant|`, or the root mean square of that over the expanded features of its
@@ -79,7 +81,7 @@ def relative_residuals(graph: AttributionGraph) -> Float[Tensor, " target"]:
     for output, scale in zip(graph.outputs, graph.meta.get("output_scales", []), strict=False):
         typical[graph.row_of[output.node]] = float(scale)
     scale = torch.maximum(size, typical).clamp_min(torch.finfo(torch.float64).tiny)
-    return graph.residuals().abs() / scale
+    return (graph.residuals() if residuals is None else residuals).abs() / scale
 
 
 def certify(graph: AttributionGraph, limit: float | None = None) -> Certificate:
@@ -89,8 +91,8 @@ def certify(graph: AttributionGraph, limit: float | None = None) -> Certificate:
     """
     if limit is None:
         limit = LIMITS[str(graph.rest.dtype).removeprefix("torch.")]
-    relative = relative_residuals(graph)
-    absolute = graph.residuals().abs()
+    residuals = graph.residuals()
+    relative, absolute = relative_residuals(graph, residuals), residuals.abs()
     is_output = graph.nodes.type[graph.targets] == int(NodeType.OUTPUT)
 
     def summary(rows: Tensor) -> Residuals:
@@ -108,7 +110,7 @@ def certify(graph: AttributionGraph, limit: float | None = None) -> Certificate:
     if not certificate.holds:
         node = graph.nodes[int(graph.targets[worst])]
         raise CertificateError(
-            f"its in-edges and constant sum to {node.pre + float(graph.residuals()[worst]):.9g}, "
+            f"its in-edges and constant sum to {node.pre + float(residuals[worst]):.9g}, "
             f"the model says {node.pre:.9g}: relative residual {certificate.max_relative_residual:.2g} > {limit:g}",
             where=node.id,
             hint="something that is said to be held is not, or a part is missing; `mechinterp doctor` checks a model",

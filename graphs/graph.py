@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -114,7 +115,7 @@ class AttributionGraph:
     @cached_property
     def edges(self) -> tuple[Int[Tensor, " edge"], Int[Tensor, " edge"], Float[Tensor, " edge"]]:
         """Every stored edge as (target node, source node, weight), row by row."""
-        counts = self.weights.crow_indices().diff()
+        counts = self.weights.crow_indices().long().diff()
         return self.targets.repeat_interleave(counts), self.weights.col_indices(), self.weights.values()
 
     def in_edges(self, node: int) -> tuple[Int[Tensor, " edge"], Float[Tensor, " edge"]]:
@@ -137,10 +138,13 @@ class AttributionGraph:
 
     def row_sums(self) -> Float[Tensor, " target"]:
         """Sum of each row's stored edges, in float64."""
-        counts = self.weights.crow_indices().diff()
-        rows = torch.arange(len(self.targets)).repeat_interleave(counts)
+        crow = self.weights.crow_indices().long()
         sums = torch.zeros(len(self.targets), dtype=torch.float64)
-        return sums.index_add_(0, rows, self.weights.values().double())
+        filled = crow[1:] > crow[:-1]
+        if filled.any():
+            values = self.weights.values().detach().numpy()
+            sums[filled] = torch.from_numpy(np.add.reduceat(values, crow[:-1][filled].numpy(), dtype=np.float64))
+        return sums
 
     def residuals(self) -> Float[Tensor, " target"]:
         """`row sum + rest + constant - pre` of each row, in float64: zero when the graph adds up."""
@@ -173,7 +177,7 @@ class AttributionGraph:
         place[kept] = torch.arange(len(kept))
 
         _, sources, weights = self.edges
-        counts = self.weights.crow_indices().diff()
+        counts = self.weights.crow_indices().long().diff()
         rows = torch.arange(len(self.targets)).repeat_interleave(counts)
         stored = keep_nodes[sources] if keep_edges is None else keep_nodes[sources] & keep_edges
         rest = self.rest.clone()

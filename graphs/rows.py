@@ -100,8 +100,14 @@ class Rows:
         starts = crow.tolist()
         for block, mask in zip(self._blocks, kept, strict=True):
             sources = every[block.columns]
+            at = place[block.nodes].tolist()
+            if mask is None and at[-1] - at[0] == len(at) - 1:  # rows that follow each other: one copy
+                span = slice(starts[at[0]], starts[at[-1] + 1])
+                values[span].view(block.values.shape)[:] = block.values
+                columns[span].view(block.values.shape)[:] = sources
+                continue
             types = self.layout.nodes.type[block.columns].long()
-            for row, i in zip(place[block.nodes].tolist(), range(len(block.nodes)), strict=True):
+            for i, row in enumerate(at):
                 span = slice(starts[row], starts[row + 1])
                 if mask is None:
                     values[span], columns[span] = block.values[i], sources

@@ -1,4 +1,4 @@
-"""A graph folder: `graph.safetensors` (the numbers), `graph.json` (everything a person or another tool reads), a manifest.
+"""A graph folder: `graph.safetensors` (the numbers), `graph.json` (what people and other tools read), a manifest.
 
 `graph.json` repeats the nodes in words; `load_graph` takes numbers from the tensors and names from the JSON, so a round
 trip is exact to the bit. Nothing is pickled.

@@ -222,15 +222,20 @@ class Sweep:
 
     def _inputs(self, number: int, fronts: list[Front], edges: Float[Tensor, "node target"]) -> None:
         """Edges from patches, words, positions, class token and the constants of the input."""
-        for kind, pos, vectors in self.layout.input_vectors(self.frozen.stacks[number]):
-            first = self.layout.inputs[number, kind]
-            for front in fronts:
-                near = pos < len(front.g)
-                found = torch.bmm(vectors[near, None], front.g[pos[near]].transpose(1, 2))[:, 0]  # [n, target]
+        kinds = self.layout.input_vectors(self.frozen.stacks[number])
+        for front in fronts:
+            n_pos, _, d = front.g.shape
+            slots = front.g.new_zeros(n_pos, len(kinds), d)
+            for slot, (_, pos, vectors) in enumerate(kinds):
+                slots[:, slot].index_add_(0, pos[pos < n_pos], vectors[pos < n_pos])
+            found = torch.bmm(slots, front.g.transpose(1, 2))  # [pos, slot, target]
+            for slot, (kind, pos, _) in enumerate(kinds):
+                first = self.layout.inputs[number, kind]
                 if kind == "bias":
-                    edges[first, front.columns] += found.sum(0)
+                    edges[first, front.columns] = found[:, slot].sum(0)
                 else:
-                    edges[first : first + len(pos), front.columns][near] = found
+                    near = (pos < n_pos).nonzero()[:, 0]
+                    edges[first + near, front.columns] = found[pos[near], slot]
 
 
 def _prepare(replacement: Replacement, number: int, at: int) -> _Block:
