@@ -31,6 +31,10 @@ def lot(
     draw = np.random.default_rng(seed)
     towers = ("vision", "text")
     rows: list[tuple[NodeType, int, int, int, int, str]] = []
+
+    def at(tower: int, p: int) -> str:
+        return WORDS[p] if tower else f"patch {(p - 1) // side},{(p - 1) % side}" if p else "CLS"
+
     for tower, (length, depth) in enumerate(((side * side + 1, layers[0]), (len(WORDS), layers[1]))):
         if tower == 0:
             rows.append((NodeType.CLS, 0, -1, 0, -1, "CLS"))
@@ -39,12 +43,12 @@ def lot(
             ]
         else:
             rows += [(NodeType.TOKEN, 1, -1, p, -1, word) for p, word in enumerate(WORDS)]
-        rows += [(NodeType.POSITION, tower, -1, p, -1, f"position {p}") for p in range(length)]
+        rows += [(NodeType.POSITION, tower, -1, p, -1, f"position of {at(tower, p)}") for p in range(length)]
         rows.append((NodeType.BIAS, tower, -1, -1, -1, "bias"))
         for layer in range(depth):
             firing = [(p, f) for p in range(length) for f in range(kinds) if draw.random() < 0.35]
-            rows += [(NodeType.FEATURE, tower, layer, p, f, f"L{layer} F{f}") for p, f in firing]
-            rows += [(NodeType.ERROR, tower, layer, p, -1, "error") for p in range(length)]
+            rows += [(NodeType.FEATURE, tower, layer, p, f, f"feature {f} at {at(tower, p)}") for p, f in firing]
+            rows += [(NodeType.ERROR, tower, layer, p, -1, f"error at {at(tower, p)}") for p in range(length)]
             rows.append((NodeType.BIAS, tower, layer, -1, -1, "bias"))
     rows += [(NodeType.OUTPUT, 1, layers[1], -1, i, f"consolidation {i}") for i in range(outputs)]
     kind, tower, layer = (np.array([row[i] for row in rows]) for i in range(3))

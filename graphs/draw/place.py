@@ -6,7 +6,6 @@ near what they are linked to (barycentre method: Sugiyama, Tagawa and Toda 1981)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from graphs.draw.scene import QUIET, Scene
@@ -71,10 +70,10 @@ class _Column:
     right: float = 0.0
     rows: list[tuple[int, list[int], list[int]]] = None  # type: ignore[assignment]
 
-    def lines(self, sizes: list[tuple[float, float]]) -> list[int]:
+    def lines(self, scene: Scene, sizes: list[tuple[float, float]]) -> list[int]:
         """How many lines each row needs."""
-        room = self.right - self.left - GUTTER
-        return [max(1, math.ceil(_total(boxes, sizes) / room)) if boxes else 1 for _, boxes, _ in self.rows]
+        room = self.right - self.left - GUTTER - MARGIN / 2
+        return [_lines_for(scene, boxes, sizes, room) for _, boxes, _ in self.rows]
 
 
 def place(
@@ -112,7 +111,7 @@ def place(
             at = start
             if has_image and column.tower != _image_tower(scene):
                 at = start - ROW_GAP - 30  # words stand level with the upper edge of the image
-            for (layer, boxes, quiet), lines in zip(column.rows, column.lines(sizes), strict=True):
+            for (layer, boxes, quiet), lines in zip(column.rows, column.lines(scene, sizes), strict=True):
                 if has_image and column.tower == _image_tower(scene) and layer < 0 and not boxes:
                     labels.append(Row(_row_name(scene, column, layer), column.left, y + image_side / 2, tuple(quiet)))
                     continue
@@ -133,14 +132,16 @@ def place(
         y = highest
     outputs = [i for i, box in enumerate(scene.boxes) if box.kind == NodeType.OUTPUT]
     tall = max((sizes[i][1] for i in outputs), default=0.0)
-    for i in outputs:
-        spots[i] = Spot(width / 2, y + tall / 2 + 10, *sizes[i])
-    labels.append(Row("output", MARGIN, y + tall / 2 + 10, ()))
+    lines = _lines_for(scene, outputs, sizes, width - 2 * MARGIN - GUTTER)
+    for k, i in enumerate(outputs):
+        spots[i] = Spot(width / 2, y + tall / 2 + (k % lines) * (tall + LINE_GAP), *sizes[i])
+    tall = lines * tall + (lines - 1) * LINE_GAP
+    labels.append(Row("output", MARGIN, y + tall / 2, ()))
     if image is not None:
         spots |= _patches(scene, image)
     rows = _lanes(columns, outputs, spots, width)
     _arrange(scene, rows, spots)
-    return Layout(width, y + tall + 10 + top, spots, tuple(labels), image, free)
+    return Layout(width, y + tall + top, spots, tuple(labels), image, free)
 
 
 def _levels(scene: Scene) -> list[list[_Column]]:
@@ -169,6 +170,32 @@ def _image_tower(scene: Scene) -> str | None:
 
 def _row_name(scene: Scene, column: _Column, layer: int) -> str:
     return f"{column.tower} input" if layer < 0 else f"{column.tower} L{layer}"
+
+
+def _lines_for(scene: Scene, boxes: list[int], sizes: list[tuple[float, float]], room: float) -> int:
+    """Lines that boxes need whatever their order: dealt to the shortest line, none is longer than mean + widest."""
+    if not boxes:
+        return 1
+    widths = [sizes[b][0] + GAP for b in boxes]
+    if all(scene.boxes[b].kind == NodeType.TOKEN for b in boxes):
+        return len(_wrapped(boxes, widths, room))
+    n = 1
+    while sum(widths) / n + max(widths) * (1 - 1 / n) > room and n < len(boxes):
+        n += 1
+    return n
+
+
+def _wrapped(boxes: list[int], widths: list[float], room: float) -> list[list[int]]:
+    """Boxes in reading order, line by line."""
+    lines: list[list[int]] = [[]]
+    used = 0.0
+    for box, width in zip(boxes, widths, strict=True):
+        if lines[-1] and used + width > room:
+            lines.append([])
+            used = 0.0
+        lines[-1].append(box)
+        used += width
+    return lines
 
 
 def _total(boxes: list[int], sizes: list[tuple[float, float]]) -> float:
@@ -219,7 +246,7 @@ def _lanes(columns: list[_Column], outputs: list[int], spots: dict[int, Spot], w
                 heights = sorted({spots[b].y for b in boxes})
                 lanes.append(_Lane(list(boxes), column.left + GUTTER, column.right - MARGIN / 2, heights))
     if outputs:
-        lanes.append(_Lane(outputs, MARGIN + GUTTER, width - MARGIN, [spots[outputs[0]].y]))
+        lanes.append(_Lane(outputs, MARGIN + GUTTER, width - MARGIN, sorted({spots[i].y for i in outputs})))
     return lanes
 
 
@@ -245,14 +272,33 @@ def _arrange(scene: Scene, lanes: list[_Lane], spots: dict[int, Spot]) -> None:
                 mean = sum(spots[n].x * w for n, w in near[box]) / weight if weight else spots[box].x
                 wish[box] = 0.6 * mean + 0.4 * spots[box].x
             if all(scene.boxes[b].kind == NodeType.TOKEN for b in lane.boxes):
-                wish = {b: float(i) for i, b in enumerate(lane.boxes)}  # words stay in order
-            _spread(lane, wish, spots)
+                _write_words(lane, wish, spots)
+            else:
+                _spread(lane, wish, spots)
+
+
+def _write_words(lane: _Lane, wish: dict[int, float], spots: dict[int, Spot]) -> None:
+    """Words stay in reading order, the upper line first, near the middle of what they wish."""
+    widths = [spots[b].width + GAP for b in lane.boxes]
+    lines = _wrapped(lane.boxes, widths, lane.high - lane.low)
+    longest = max(sum(spots[b].width + GAP for b in line) for line in lines)
+    middle = sum(wish.values()) / len(wish)
+    start = min(max(lane.low, middle - longest / 2), max(lane.low, lane.high - longest))
+    for y, line in zip(lane.heights[::-1], lines, strict=True):
+        at = start
+        for box in line:
+            spots[box] = Spot(at + spots[box].width / 2, y, spots[box].width, spots[box].height)
+            at += spots[box].width + GAP
 
 
 def _spread(lane: _Lane, wish: dict[int, float], spots: dict[int, Spot]) -> None:
-    """Give each box a place near its wish: lines in turn along the row, no two boxes closer than GAP."""
-    order = sorted(lane.boxes, key=lambda b: wish[b])
-    lines: list[list[int]] = [order[i :: len(lane.heights)] for i in range(len(lane.heights))]
+    """Give each box a place near its wish: dealt in order to the shortest line, no two boxes closer than GAP."""
+    lines: list[list[int]] = [[] for _ in lane.heights]
+    used = [0.0] * len(lines)
+    for box in sorted(lane.boxes, key=lambda b: wish[b]):
+        shortest = used.index(min(used))
+        lines[shortest].append(box)
+        used[shortest] += spots[box].width + GAP
     for y, line in zip(lane.heights, lines, strict=True):
         at = lane.low
         places = []

@@ -278,28 +278,22 @@ def _draw_rows(axes: Any, scene: Scene, layout: Layout) -> None:
         top = row.y + height * len(lines) / 2
         axes.text(row.x, top, row.text, fontsize=NAME, weight="bold", color=SOFT, va="center", parse_math=False)
         for k, text in enumerate(lines, start=1):
-            axes.text(row.x, top - k * height, text, fontsize=DETAIL, color=FAINT, va="center", parse_math=False)
+            axes.text(row.x, top - k * height, text, fontsize=DETAIL, color=SOFT, va="center", parse_math=False)
 
 
 def _draw_legend(axes: Any, layout: Layout) -> None:
-    """How to read the page, right of the image."""
-    if layout.free is None or layout.free[1] - layout.free[0] < 250:
-        return
-    left, _, low, high = layout.free
-    y = min(high - 60, low + 118)
-    for text, colour in (("raises the output", UP), ("lowers it", DOWN)):
-        axes.plot([left, left + 30], [y, y], color=colour, linewidth=3, solid_capstyle="butt", zorder=4)
-        axes.text(left + 38, y, text, fontsize=DETAIL + 0.4, color=SOFT, va="center")
-        y -= 17
-    for text in (
-        "Lines: direct effect of a node on the next;",
-        "width: influence that runs along it.",
-        "Frames: effect of a node on the output;",
-        "bar: share of influence through it.",
-        "Orange in a small picture: where it fires.",
+    """How to read the page, at its upper right."""
+    left, y = layout.width - 24 - 410, layout.height - 26
+    for at, text, colour in ((left, "raises the output", UP), (left + 180, "lowers it", DOWN)):
+        axes.plot([at, at + 30], [y, y], color=colour, linewidth=3, solid_capstyle="butt", zorder=4)
+        axes.text(at + 38, y, text, fontsize=DETAIL + 0.4, color=SOFT, va="center")
+    for k, text in enumerate(
+        (
+            "Lines: direct effect on the next node; width: influence along the line.",
+            "Frames: total effect on the output; bar: influence through the node.",
+        )
     ):
-        axes.text(left, y, text, fontsize=DETAIL + 0.4, color=SOFT, va="center")
-        y -= 15
+        axes.text(left, y - 17 - 14 * k, text, fontsize=DETAIL + 0.4, color=SOFT, va="center")
 
 
 def _draw_words(axes: Any, graph: AttributionGraph, scene: Scene, layout: Layout, title: str | None) -> None:
@@ -308,9 +302,7 @@ def _draw_words(axes: Any, graph: AttributionGraph, scene: Scene, layout: Layout
     model = meta.get("model") or {}
     said = title or title_of(graph)
     top = layout.height - 34
-    axes.text(
-        24, top, clean(_short(said, 110)), fontsize=TITLE, weight="bold", color=INK, va="center", parse_math=False
-    )
+    axes.text(24, top, clean(_short(said, 84)), fontsize=TITLE, weight="bold", color=INK, va="center", parse_math=False)
     below = [f"model {model.get('label')}" if model.get("label") else ""]
     below += [f"image {meta['image']}" if isinstance(meta.get("image"), str) else ""]
     below = clean(_short("   ".join(part for part in below if part), 170))

@@ -24,7 +24,19 @@ from mechinterp.types import FeatureId
 if TYPE_CHECKING:
     from graphs.graph import AttributionGraph
 
-__all__ = ["QUIET", "Box", "Line", "Scene", "certificate", "feature_names", "grid_of", "make_scene"]
+__all__ = [
+    "QUIET",
+    "Box",
+    "Line",
+    "Names",
+    "Scene",
+    "certificate",
+    "feature_names",
+    "feeds_of",
+    "grid_of",
+    "make_scene",
+    "patch_of",
+]
 
 QUIET = (NodeType.ERROR, NodeType.BIAS, NodeType.POSITION, NodeType.CLS)
 
@@ -136,7 +148,7 @@ def make_scene(
         boxes=tuple(boxes[i] for i in sorted(shown)),
         lines=tuple(Line(new[e.source], new[e.target], e.weight, e.score) for e in kept),
         towers=nodes.towers,
-        feeds=_feeds(graph),
+        feeds=feeds_of(graph),
         grid=grid_of(graph),
         hidden_boxes=len(hidden),
         hidden_influence=max((boxes[i].influence for i in hidden), default=0.0),
@@ -159,9 +171,15 @@ def feature_names(names: Names | None) -> dict[tuple[str, int, int], str]:
 def grid_of(graph: AttributionGraph) -> tuple[int, int] | None:
     """Rows and columns of the image's patches, from the labels of the patch nodes; None without any."""
     nodes = graph.nodes
-    found = [_PATCH.search(nodes.labels[i]) for i in nodes.is_type(NodeType.PATCH).nonzero()[:, 0].tolist()]
-    places = [(int(m[1]), int(m[2])) for m in found if m]
+    found = [patch_of(nodes.labels[i]) for i in nodes.is_type(NodeType.PATCH).nonzero()[:, 0].tolist()]
+    places = [place for place in found if place]
     return (max(r for r, _ in places) + 1, max(c for _, c in places) + 1) if places else None
+
+
+def patch_of(label: str) -> tuple[int, int] | None:
+    """Row and column of the patch that a label ends in, as in "feature 301 at patch 3,4"."""
+    found = _PATCH.search(label)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def certificate(graph: AttributionGraph) -> dict[str, Any]:
@@ -214,9 +232,8 @@ def _box(graph: AttributionGraph, key: tuple, members: list[int], reach, effect,
     places = []
     for i in members:
         at = nodes.labels[i].rpartition(" at ")[2]
-        spot = _PATCH.search(at)
-        if spot:
-            where = (int(spot[1]), int(spot[2]))
+        where = patch_of(at)
+        if where:
             patches[where] = patches.get(where, 0.0) + abs(float(nodes.activation[i]))
         elif kind == NodeType.FEATURE:
             places.append(at)
@@ -232,7 +249,7 @@ def _box(graph: AttributionGraph, key: tuple, members: list[int], reach, effect,
     elif kind == NodeType.ERROR:
         name = "error"
     elif kind == NodeType.BIAS:
-        name = "biases"
+        name = "projector" if tower == "projector" else "biases"
     elif kind == NodeType.POSITION:
         name = "positions"
     elif kind == NodeType.CLS:
@@ -278,7 +295,7 @@ def _strongest(lines: list[Line], most: int) -> list[Line]:
     return sorted(best[:most] + rest, key=lambda line: -line.score)
 
 
-def _feeds(graph: AttributionGraph) -> tuple[tuple[str, str], ...]:
+def feeds_of(graph: AttributionGraph) -> tuple[tuple[str, str], ...]:
     """Pairs of towers of which the first feeds the second, outputs left aside."""
     nodes = graph.nodes
     target, source, _ = graph.edges
