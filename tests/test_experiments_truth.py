@@ -7,18 +7,23 @@ import pytest
 import torch
 
 from mechinterp.data.phantom import Phantom
-from mechinterp.interventions import Zero, ablate
+from mechinterp.experiments.seeds import seed_interval, with_interval
+from mechinterp.interventions import Resample, Zero, ablate, intervene
+from mechinterp.interventions.edits import Edit
 from mechinterp.metrics.statistics import PatientBootstrap
 from mechinterp.models import HookedVLM
 from mechinterp.types import Placed
 from saes.dictionary import ReLU, SparseDictionary
 from saes.metrics.matching import Match
-from saes.metrics.recovery import mcc
+from saes.metrics.recovery import mcc, mcc_floor
 from saes.truth.arrays import SITE, store_of
+from saes.truth.asking import Questions, resumer
+from saes.truth.causes import Pairs, causation, factor_pairs, midpoints
 from saes.truth.cohort import Cohort, batch_of, outputs, removals, scores
 from saes.truth.fidelity import fidelity, leakage, regression
 from saes.truth.merging import balanced_rows, chosen_latents, separation
-from saes.truth.readings import Acts, effect_of_sets, matches, overlaps, patched
+from saes.truth.readings import Acts, effect_of_sets, matches, overlaps, site_values, swapped
+from saes.truth.synthetic import synthetic, trained_by_sae_lens
 from saes.truth.toy import Toy, matched_cosines, polysemanticity, train_toy
 
 RNG = np.random.default_rng(0)
@@ -212,10 +217,13 @@ def test_all_latents_of_a_complete_dictionary_carry_the_whole_effect(phantom_mat
     assert np.array_equal(removal.rows, np.flatnonzero(cohort.has("ecg_leads"))) and len(removal.rows)
     true = scores(model, cohort.rendered[removal.rows], targets) - scores(model, removal.rendered, targets)
     everything = tuple(range(placed.dictionary.W_dec.shape[0]))
-    moved = patched(model, placed, cohort, removal, targets, [everything, ()], "all")
+    x = site_values(model, placed.reads, cohort.rendered[removal.rows])
+    y = site_values(model, placed.reads, removal.rendered)
+    before = scores(model, cohort.rendered[removal.rows], targets)
+    moved = before - swapped(model, placed, targets, x, y, [everything, ()], "all")
     assert np.abs(moved[0] - true).max() < 1e-3 * np.abs(true).max()
     assert np.abs(moved[1]).max() < 1e-4 * np.abs(true).max()
-    on_patches = patched(model, placed, cohort, removal, targets, [everything], "patch")[0]
+    on_patches = before - swapped(model, placed, targets, x, y, [everything], "patch")[0]
     assert np.abs(on_patches - true).max() > 1e-3 * np.abs(true).max(), "CLS holds a part of it"
 
 
@@ -236,3 +244,138 @@ def test_val_is_a_share_of_the_patients():
     held = set(names[cohort.split == "val"])
     assert held and not held & set(names[cohort.split == "train"])
     assert cohort.head(10).split.tolist() == cohort.split[:10].tolist()
+
+
+@pytest.fixture(scope="module")
+def asked_material():
+    model = HookedVLM.from_pretrained("phantom-llava")
+    cohort = Cohort.of(Phantom.sample(6, seed=3), split="test")
+    return model, cohort, outputs()
+
+
+def test_all_questions_in_one_pass_are_the_questions_one_by_one(asked_material):
+    model, cohort, targets = asked_material
+    together = scores(model, cohort.rendered, targets)
+    with torch.no_grad():
+        alone = [model.score(model.prepare(cohort.pixels(range(6)), [t]), [t])[:, 0] for t in targets]
+    assert np.abs(together - torch.stack(alone, 1).double().numpy()).max() < 1e-4
+    assert np.abs(together[:, 0] - together[:, 1]).max() > 0.1, "the questions differ"
+    few = Questions.of(model, targets[:2])
+    assert len(few.ids) < 2 * len(model.preprocess(cohort.pixels([0]), ["is there edema ?"]).input_ids[0])
+
+
+def test_a_resumed_answer_is_the_answer(asked_material):
+    model, cohort, targets = asked_material
+    for layer in (1, 3):
+        site = f"vision.blocks.{layer}.hook_resid_post"
+        placed = complete(model, site)
+        with torch.no_grad():
+            found = resumer(model, placed.writes, targets)(site_values(model, placed.reads, cohort.rendered))
+        assert np.abs(found.double().numpy() - scores(model, cohort.rendered, targets)).max() < 1e-4
+
+
+@pytest.mark.parametrize("how", [Zero(), Resample(3)])
+def test_effects_on_a_generative_model_are_those_of_the_hook(asked_material, how):
+    model, cohort, targets = asked_material
+    placed = complete(model, "vision.blocks.2.hook_resid_post")
+    found = effect_of_sets(model, placed, cohort, targets[:2], [(), (3, 100)], how, "all")
+    assert not found[0].any()
+    clean = scores(model, cohort.rendered, targets[:2])
+    for column, target in enumerate(targets[:2]):
+        batch = model.prepare(cohort.pixels(range(6)), [target])
+        with torch.no_grad(), intervene(model, [Edit(placed, (3, 100), how)]):
+            by_hook = model.score(batch, [target])[:, 0].double().numpy()
+        assert np.abs(found[1, :, column] - (clean[:, column] - by_hook)).max() < 1e-3
+        assert np.abs(found[1, :, column]).max() > 1e-2
+
+
+def attribute_world(entangled: bool, n: int = 300):
+    """Two attributes, two outputs that read one direction each, and pairs that differ in both attributes."""
+    rng = np.random.default_rng(4)
+    has = rng.random((n, 2)) < 0.5
+    base, source = has * 2.0 - 1, (~has) * 2.0 - 1
+    pairs = Pairs(np.arange(n), np.zeros((n, 1, 1), np.uint8), np.ones(n, np.int64))
+    after = source if entangled else np.stack([source[:, 0], base[:, 1]], 1)
+    return pairs, has[:, 0], base, source, after
+
+
+def judge_swap(pairs, present, base, source, after):
+    columns, weights = {0: 0, 1: 1}, patient_weights(len(base))
+    return causation(pairs, 0, columns, (base, source, after), np.zeros(2), present, weights)
+
+
+def test_cause_and_isolation_tell_one_latent_from_nothing_and_from_everything():
+    pairs, present, base, source, after = attribute_world(entangled=False)
+    clean = judge_swap(pairs, present, base, source, after)
+    assert (clean.cause, clean.isolation, clean.disentangle) == (1, 1, 1)
+    assert (clean.said_cause, clean.said_isolation, clean.read) == (1, 1, len(base))
+    both = judge_swap(*attribute_world(entangled=True))
+    assert (both.cause, both.isolation, both.disentangle) == (1, 0, 0.5)
+    nothing = judge_swap(pairs, present, base, source, base)
+    assert (nothing.cause, nothing.isolation, nothing.disentangle) == (0, 1, 0.5)
+    half = judge_swap(pairs, present, base, source, (base + source) / 2)
+    assert (half.cause, half.isolation) == pytest.approx((0.5, 0.5))
+
+
+def test_pairs_that_the_model_misreads_do_not_count_for_what_it_says():
+    pairs, present, base, source, after = attribute_world(entangled=False)
+    base[:100, 0] *= -1  # read wrongly
+    found = judge_swap(pairs, present, base, source, after)
+    assert found.pairs == len(base) and found.read == len(base) - 100 and found.said_cause == 1
+
+
+def test_sources_differ_in_the_factor_and_one_other():
+    cohort = Cohort.of(Phantom.sample(12, seed=5, size=64), split="test")
+    factors = ["effusion", "drain", "portable"]
+    for number, (name, pairs) in enumerate(factor_pairs(cohort, factors, 6, seed=1).items()):
+        assert name == factors[number] and len(pairs.rows) == 6 and not (pairs.other == number).any()
+        for row, other, image in zip(pairs.rows, pairs.other, pairs.rendered, strict=True):
+            one = cohort.phantom[[row]]
+            flips = {f: [1 - int(one.factors[f].iloc[0])] for f in (name, factors[other])}
+            assert np.array_equal(one.do(**flips).render()[0], image)
+    sides = cohort.has("drain")[factor_pairs(cohort, factors, 4, seed=1)["drain"].rows]
+    assert sides.tolist() == [True, False, True, False]
+
+
+def test_a_swap_of_all_latents_has_full_cause_and_no_isolation(phantom_material):
+    """On a running model, with a dictionary that has no error, swapping everything is the source image."""
+    model, cohort, targets = phantom_material
+    placed = complete(model, "vision.blocks.2.hook_resid_post")
+    names = [t.name for t in targets]
+    pairs = factor_pairs(cohort, names, 4, seed=0)["ecg_leads"]
+    x, y = (
+        site_values(model, placed.reads, cohort.rendered[pairs.rows]),
+        site_values(model, placed.reads, pairs.rendered),
+    )
+    everything = tuple(range(placed.dictionary.W_dec.shape[0]))
+    moved = swapped(model, placed, targets, x, y, [everything, ()], "all")
+    base, source = scores(model, cohort.rendered[pairs.rows], targets), scores(model, pairs.rendered, targets)
+    columns, own = {i: i for i in range(len(names))}, names.index("ecg_leads")
+    present, weights = cohort.has("ecg_leads")[pairs.rows], patient_weights(len(cohort))
+    whole, none = (causation(pairs, own, columns, (base, source, m), np.zeros(12), present, weights) for m in moved)
+    assert (whole.cause, whole.isolation) == pytest.approx((1, 0), abs=1e-3)
+    assert (none.cause, none.isolation) == pytest.approx((0, 1), abs=1e-3)
+
+
+def test_yes_begins_midway_between_the_means():
+    values = np.array([[0.0, 5.0], [2.0, 5.0], [10.0, 1.0]])
+    has = np.array([[False, True], [False, True], [True, False]])
+    assert midpoints(values, has).tolist() == [5.5, 3.0]
+
+
+def test_an_interval_over_seeds_needs_two_and_holds_the_mean():
+    assert np.isnan(seed_interval([0.5])[0]) and with_interval([0.5]) == "0.50"
+    low, high = seed_interval([0.4, 0.5, 0.6])
+    assert (low, high) == pytest.approx((0.5 - 4.303 * 0.1 / 3**0.5, 0.5 + 4.303 * 0.1 / 3**0.5), abs=1e-3)
+    assert with_interval([]) == "not tested"
+
+
+def test_sae_lens_trains_a_peer_on_its_own_data():
+    """Rare, uncorrelated features: both trainers are far above random directions, and alike."""
+    made = synthetic(24, 12, 3000, probability=0.06, seed=2)
+    k = max(1, round(made.true_l0))
+    theirs = trained_by_sae_lens(made.activations, 24, k, epochs=12, batch_size=250, lr=3e-3, seed=1)
+    floor = mcc_floor(24, 24, 12, draws=5, seed=0)
+    assert theirs.shape == (24, 12) and mcc(theirs, made.directions) > floor + 0.1
+    again = trained_by_sae_lens(made.activations, 24, k, epochs=12, batch_size=250, lr=3e-3, seed=1)
+    assert torch.equal(theirs, again)

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["COLOURS", "GREY", "INK", "axes_of", "canvas", "heat", "log_ticks", "png"]
+__all__ = ["COLOURS", "GREY", "INK", "axes_of", "canvas", "heat", "log_ticks", "png", "stacked"]
 
 INK, GREY = "#202124", "#80868b"
 COLOURS = ("#1f5fa8", "#c2410c", "#1b6e3c", "#7b3fa0", "#a88a00", "#5f6368", "#17a2b8", "#e0569b")
@@ -21,6 +21,17 @@ def canvas(rows: int, columns: int, width: float | int, height: float | int, **o
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, axes
+
+
+def stacked(heights: Sequence[float], width: float, columns: int) -> tuple[Any, list[Any]]:
+    """A figure of rows that do not share their margins, and the axes `[columns]` of each row (inches)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, sum(heights)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=list(heights))
+    return figure, [row.subplots(1, columns, squeeze=False)[0] for row in rows[:, 0]]
 
 
 def axes_of(axes: Any, title: str, x: str = "", y: str = "") -> Any:

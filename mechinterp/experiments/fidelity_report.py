@@ -1,40 +1,50 @@
-"""What intervention-fidelity says: rows, claims that can come out false, tables, and the figure."""
+"""What intervention-fidelity says: rows, claims that can come out false, and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from mechinterp.experiments.canvas import COLOURS, GREY, INK, axes_of, canvas, heat, png
 from mechinterp.experiments.fidelity_parts import Reading
 from mechinterp.experiments.result import Claim, Result, Row, Table
 from saes.truth.fidelity import Leakage, leakage
 
 __all__ = ["report"]
 
-READABLE, F1_GAIN, MATCHED_SHARE, MEDIAN_R2 = 0.95, 0.3, 0.8, 0.7
-HOW = ("zero", "mean", "resample", "untrained", "random", "patch matched", "patch all")
+READABLE, F1_GAIN, MATCHED_SHARE, MEDIAN_R2, MARGIN = 0.95, 0.3, 0.8, 0.7, 0.2
+SWAP_MARGIN = 0.1
+Key = tuple[str, str]
+Group = tuple[Key, list[Reading]]
 
 NOTES = (
     "R2 and slope: least-squares line of the ablation's effect on the true effect over all test images; where the "
-    "factor is absent the true effect is 0. 'present' counts only images with the factor.",
+    "factor is absent the true effect is 0. 'present' counts only images with the factor. Medians are over factors "
+    "that the model is asked for.",
     "Zero ablation changes a token only where the latent fires, so ablating at all of the dictionary's tokens and only "
     "where it fires are the same. Mean and resample ablation also write where it does not fire.",
     "patch matched / patch all: the matched latents, or all, take the values that they have without the factor. What "
     "patch all lacks of the true effect is in the error term or at tokens that the dictionary does not read.",
+    "cause, isolation: base and source differ in the factor and in one other (do()); the factor's latents take the "
+    "source's values in the base. Cause: share of the way that the factor's own score goes towards the source's. "
+    "Isolation: 1 minus that share for the other factor's score. Doing nothing has 0 and 1, swapping all 1 and 0, both "
+    "0.5 on average. 'said': RAVEL's reading of yes and no, on pairs that the model reads rightly.",
     "F1 counts a latent as firing above the threshold that is best on validation patients, for the dictionary and for "
     "its untrained twin alike; 'at 0' counts any activation, as MATCHScore was published.",
     "Split: several latents beat the best one by 0.05 of F1. Merged: shares a matched latent with another (where "
     "both matches beat always saying yes by 0.1 of F1). Absorbed: its latents find it less often, by 0.3 of recall, "
     "where the other factor is there.",
+    "Generative models run their language model for every pass: effects are of the first images, with fewer random "
+    "sets and without mean and resample ablation; F1, probe and matching use all images.",
 )
 
 
 def report(readings: Sequence[Reading], outputs: Sequence[str]) -> Result:
     """Rows, claims, tables and figure of all readings (in order of model and dictionary)."""
+    from mechinterp.experiments.fidelity_figure import fidelity_figure
+
     groups = [(key, list(mine)) for key, mine in groupby(readings, lambda r: (r.model, r.dictionary))]
     rows = [row for reading in readings for row in _rows(reading)]
     leaks = {key: _leakage(mine) for key, mine in groups}
@@ -47,30 +57,33 @@ def report(readings: Sequence[Reading], outputs: Sequence[str]) -> Result:
             Row("off-target, do()", leak.off_true, n, of=of),
             Row("off-target, ablation", leak.off_ablated, n, of=of),
         ]
-    summary = [_summary(key, mine, leaks[key]) for key, mine in groups]
-    tables = [Table("Dictionaries", SUMMARY, tuple(summary)), *(_table(key, mine) for key, mine in groups)]
+    tables = [
+        Table("Factors found", FOUND, tuple(_found(key, mine) for key, mine in groups)),
+        Table("Ablation against removal (medians over factors)", ABLATION, tuple(_ablation(g, leaks) for g in groups)),
+        Table("Cause and isolation (medians over factors)", SWAP, tuple(_swap(key, mine) for key, mine in groups)),
+        *(_table(key, mine) for key, mine in groups),
+    ]
     claims = [claim for model in dict.fromkeys(r.model for r in readings) for claim in _claims(model, groups)]
-    return Result(rows, claims, tables, _figure(groups, leaks, outputs), NOTES)
+    return Result(rows, claims, tables, fidelity_figure(groups, leaks, outputs, median), NOTES)
 
 
 def _rows(r: Reading) -> list[Row]:
     of: dict[str, Any] = {"model": r.model, "dictionary": r.dictionary, "site": r.site, "factor": r.factor}
     n, present = len(r.present), int(r.present.sum())
     rows = [
-        Row("f1", r.f1["trained"], n, of=of | {"latents": list(r.latents), **vars(r.shape)}),
-        Row("f1 untrained", r.f1["untrained"], n, of=of),
-        Row("f1 gain", r.f1_gain, n, r.gain_ci95, of),
-        Row("f1 at 0", r.f1_zero["trained"], n, of=of),
-        Row("f1 at 0 untrained", r.f1_zero["untrained"], n, of=of),
-        Row("probe auroc", r.probe, n, of=of),
+        Row("f1", r.f1["trained"], r.images, of=of | {"latents": list(r.latents), **vars(r.shape)}),
+        Row("f1 untrained", r.f1["untrained"], r.images, of=of),
+        Row("f1 gain", r.f1_gain, r.images, r.gain_ci95, of),
+        Row("f1 at 0", r.f1_zero["trained"], r.images, of=of),
+        Row("f1 at 0 untrained", r.f1_zero["untrained"], r.images, of=of),
+        Row("probe auroc", r.probe, r.images, of=of),
     ]
     for how, found in r.effect.items():
         kind = of | {"ablation": how, "sets": len(found)}
-        if len(found) > 1:  # random sets: the mean, and the range over sets
-            values = np.array([f.r2 for f in found])
-            rows.append(Row("r2", float(values.mean()), n, _range(values), kind))
-            values = np.array([f.slope for f in found])
-            rows.append(Row("slope", float(values.mean()), n, _range(values), kind))
+        if how == "random":  # the mean, and the range over sets
+            for name in ("r2", "slope"):
+                values = np.array([getattr(f, name) for f in found])
+                rows.append(Row(name, float(values.mean()), n, _range(values), kind))
             continue
         f = found[0]
         rows += [
@@ -82,6 +95,14 @@ def _rows(r: Reading) -> list[Row]:
             Row("share", f.share, present, of=kind),
             Row("sign agreement", f.sign, present, of=kind),
         ]
+    for how, swaps in r.swap.items():
+        kind = of | {"swap": how, "sets": len(swaps)}
+        for name in ("cause", "isolation"):
+            values = np.array([getattr(s, name) for s in swaps])
+            ci = _range(values) if how == "random" else getattr(swaps[0], f"{name}_ci95")
+            rows.append(Row(name, float(values.mean()), swaps[0].pairs, ci, kind))
+            said = float(np.mean([getattr(s, f"said_{name}") for s in swaps]))
+            rows.append(Row(f"said {name}", said, swaps[0].read, of=kind))
     return rows
 
 
@@ -104,65 +125,76 @@ def _readable(mine: list[Reading]) -> list[Reading]:
     return [r for r in mine if r.probe >= READABLE]
 
 
-def _median(mine: list[Reading], how: str, what: str) -> float:
-    found = [[getattr(f, what) for f in r.effect[how]] for r in mine if how in r.effect]
-    values = [float(np.mean(v)) for v in found]
-    return float(np.median(values)) if values else float("nan")
+def median(mine: Sequence[Reading], how: str, what: str) -> float:
+    """Median over factors of one number of one way of ablating ("zero") or swapping ("swap matched"); nan without."""
+    if how.startswith("swap "):
+        each = [r.swap[how[5:]] for r in mine if how[5:] in r.swap]
+    else:
+        each = [r.effect[how] for r in mine if how in r.effect]
+    values = [float(np.mean([getattr(f, what) for f in found])) for found in each]
+    kept = [v for v in values if np.isfinite(v)]
+    return float(np.median(kept)) if kept else float("nan")
 
 
-SUMMARY = (
-    *(
-        "model",
-        "dictionary",
-        "readable",
-        "matched",
-        "median F1",
-        "twin F1",
-        "median R2",
-        "slope",
-        "R2 present",
-        "share",
-    ),
-    *("random R2", "twin R2", "patch matched R2", "patch all R2", "across R2", "off do()", "off ablation"),
-)
+NAMED = ("model", "dictionary")
+FOUND = (*NAMED, "L0", "readable", "matched", "split", "merged", "absorbed", "median F1", "twin F1", "images")
 
 
-def _summary(key: tuple[str, str], mine: list[Reading], leak: Leakage) -> tuple[Any, ...]:
+def _found(key: Key, mine: list[Reading]) -> tuple[Any, ...]:
     readable = _readable(mine)
     return (
         *key,
+        f"{mine[0].l0:.1f}",
         f"{len(readable)} of {len(mine)}",
         sum(r.f1_gain >= F1_GAIN for r in readable),
+        sum(r.shape.split for r in mine),
+        sum(bool(r.shape.merged) for r in mine),
+        sum(bool(r.shape.absorbed) for r in mine),
         float(np.median([r.f1["trained"] for r in mine])),
         float(np.median([r.f1["untrained"] for r in mine])),
-        _median(mine, "zero", "r2"),
-        _median(mine, "zero", "slope"),
-        _median(mine, "zero", "r2_present"),
-        _median(mine, "zero", "share"),
-        _median(mine, "random", "r2"),
-        _median(mine, "untrained", "r2"),
-        _median(mine, "patch matched", "r2"),
-        _median(mine, "patch all", "r2"),
-        leak.r2,
-        leak.off_true,
-        leak.off_ablated,
+        mine[0].images,
     )
 
 
-def _table(key: tuple[str, str], mine: list[Reading]) -> Table:
+ABLATION = (
+    *(*NAMED, "R2", "R2 present", "slope", "sign", "share", "mean abl. R2", "resample R2", "random R2", "sets"),
+    *("twin R2", "patch matched R2", "patch all R2", "across R2", "off do()", "off ablation", "images"),
+)
+
+
+def _ablation(group: Group, leaks: dict[Key, Leakage]) -> tuple[Any, ...]:
+    key, mine = group
+    columns = [("zero", what) for what in ("r2", "r2_present", "slope", "sign", "share")]
+    columns += [(how, "r2") for how in ("mean", "resample", "random")]
+    sets = max((len(r.effect["random"]) for r in mine if "random" in r.effect), default=0)
+    after = [median(mine, how, "r2") for how in ("untrained", "patch matched", "patch all")]
+    leak = leaks[key]
+    first = [median(mine, how, what) for how, what in columns]
+    return (*key, *first, sets, *after, leak.r2, leak.off_true, leak.off_ablated, len(mine[0].present))
+
+
+SWAP = (
+    *(*NAMED, "cause", "isolation", "mean", "random cause", "isolation", "mean", "sets", "twin cause", "isolation"),
+    *("mean", "all latents cause", "isolation", "said cause", "said isolation", "pairs a factor"),
+)
+
+
+def _swap(key: Key, mine: list[Reading]) -> tuple[Any, ...]:
+    three = ("cause", "isolation", "disentangle")
+    matched, random, twin = (
+        [median(mine, f"swap {how}", w) for w in three] for how in ("matched", "random", "untrained")
+    )
+    sets = max((len(r.swap["random"]) for r in mine if "random" in r.swap), default=0)
+    everything = [median(mine, "swap all", w) for w in three[:2]]
+    said = [median(mine, "swap matched", w) for w in ("said_cause", "said_isolation")]
+    pairs = max((r.swap["matched"][0].pairs for r in mine if r.swap), default=0)
+    return (*key, *matched, *random, sets, *twin, *everything, *said, pairs)
+
+
+def _table(key: Key, mine: list[Reading]) -> Table:
     header = ("factor", "probe", "latents", "F1", "twin", "gain", "95 %", "split", "merged with", "absorbed by")
-    header = (*header, "R2", "95 %", "slope")
-    header = (
-        *header,
-        "R2 present",
-        "share",
-        "sign",
-        "mean abl. R2",
-        "resample R2",
-        "random R2",
-        "twin R2",
-        "patch all",
-    )
+    header = (*header, "R2", "95 %", "slope", "R2 present", "share", "sign", "mean abl. R2", "resample R2")
+    header = (*header, "random R2", "twin R2", "patch all", "cause", "isolation", "random cause")
     lines = []
     for r in mine:
         cells: list[Any] = [r.factor, r.probe, len(r.latents), r.f1["trained"], r.f1["untrained"], r.f1_gain]
@@ -171,7 +203,9 @@ def _table(key: tuple[str, str], mine: list[Reading]) -> Table:
         if r.effect:
             f = r.effect["zero"][0]
             cells += [f.r2, _interval(f.r2_ci95), f.slope, f.r2_present, f.share, f.sign]
-            cells += [_median([r], how, "r2") for how in ("mean", "resample", "random", "untrained", "patch all")]
+            cells += [median([r], how, "r2") for how in ("mean", "resample", "random", "untrained", "patch all")]
+            cells += [median([r], "swap matched", what) for what in ("cause", "isolation")]
+            cells += [median([r], "swap random", "cause")]
         lines.append(tuple(cells + [""] * (len(header) - len(cells))))
     return Table(f"{key[0]}, {key[1]}", header, tuple(lines))
 
@@ -180,20 +214,34 @@ def _interval(ci: tuple[float, float]) -> str:
     return f"{ci[0]:.2f} to {ci[1]:.2f}" if np.isfinite(ci[0]) else ""
 
 
-def _claims(model: str, groups: list) -> list[Claim]:
-    """The two target lines for the best dictionary of a model, and what has to hold for them to mean something."""
+def _above(value: float, *nulls: float) -> float:
+    """By how much a value is above the larger null; nulls that could not be had do not count."""
+    kept = [null for null in nulls if np.isfinite(null)]
+    return value - max(kept, default=0.0)
+
+
+def _claims(model: str, groups: Sequence[Group]) -> list[Claim]:
+    """The target lines for the best dictionary of a model, and what has to hold for them to mean something."""
     mine = {dictionary: found for (name, dictionary), found in groups if name == model}
-    shares, medians, margins = {}, {}, {}
-    for dictionary, found in mine.items():
-        readable = _readable(found)
-        shares[dictionary] = float(np.mean([r.f1_gain >= F1_GAIN for r in readable])) if readable else 0.0
-        medians[dictionary] = _median(found, "zero", "r2")
-        null = max(_median(found, how, "r2") if f"{how}" else 0.0 for how in ("random", "untrained"))
-        margins[dictionary] = medians[dictionary] - (null if np.isfinite(null) else 0.0)
+
+    def each(value: Callable[[list[Reading]], float]) -> dict[str, float]:
+        return {dictionary: value(found) for dictionary, found in mine.items()}
 
     def said(values: dict[str, float]) -> str:
         return "; ".join(f"{name}: {value:.2f}" for name, value in values.items())
 
+    def share(found: list[Reading]) -> float:
+        readable = _readable(found)
+        return float(np.mean([r.f1_gain >= F1_GAIN for r in readable])) if readable else 0.0
+
+    shares, medians = each(share), each(lambda found: median(found, "zero", "r2"))
+    margins = each(lambda f: _above(median(f, "zero", "r2"), median(f, "random", "r2"), median(f, "untrained", "r2")))
+    swaps = each(
+        lambda f: _above(
+            median(f, "swap matched", "disentangle"),
+            *(median(f, f"swap {h}", "disentangle") for h in ("random", "untrained")),
+        )
+    )
     return [
         Claim(
             f"{model}: a dictionary matches at least {MATCHED_SHARE:.0%} of the factors that a probe reads at AUROC >= "
@@ -207,53 +255,14 @@ def _claims(model: str, groups: list) -> list[Claim]:
             f"median R2 over factors with an output: {said(medians)}",
         ),
         Claim(
-            f"{model}: in every dictionary median R2 is at least 0.2 above that of matched random sets and the twin",
-            min(margins.values()) >= 0.2,
+            f"{model}: in every dictionary median R2 is {MARGIN} or more above that of random sets and the twin",
+            min(margins.values()) >= MARGIN,
             f"margin over the larger of the two: {said(margins)}",
         ),
+        Claim(
+            f"{model}: in every dictionary the mean of cause and isolation is {SWAP_MARGIN} or more above that of "
+            "random sets and the twin",
+            min(swaps.values()) >= SWAP_MARGIN,
+            f"margin over the larger of the two: {said(swaps)}",
+        ),
     ]
-
-
-def _figure(groups: list, leaks: dict, outputs: Sequence[str]) -> bytes:
-    """Above: R2 of each factor by dictionary. Below: true and ablation effects on all outputs, best dictionary."""
-    best = max(groups, key=lambda g: np.nan_to_num(_median(g[1], "zero", "r2"), nan=-1))
-    factors = [r.factor for r in best[1] if r.own is not None]
-    figure, axes = canvas(2, 2, 12.5, 9.2)
-    left, right = axes_of(axes[0, 0], "a  R2 of ablation on removal, 95 % interval", "R2"), axes[0, 1]
-    for number, ((model, dictionary), mine) in enumerate(groups):
-        shown = [r for r in mine if r.effect]
-        y = [factors.index(r.factor) + (number - (len(groups) - 1) / 2) * 0.8 / max(len(groups), 2) for r in shown]
-        colour = COLOURS[number % len(COLOURS)]
-        for at, r in zip(y, shown, strict=True):
-            left.plot(r.effect["zero"][0].r2_ci95, [at, at], color=colour, linewidth=1.1)
-        left.plot([r.r2 for r in shown], y, "o", color=colour, markersize=4, label=f"{model}: {dictionary}")
-    left.axvline(MEDIAN_R2, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-    left.set_xlim(-0.02, 1.02)
-    left.set_yticks(range(len(factors)), factors)
-    left.invert_yaxis()
-    _bars(right, groups)
-    leak = leaks[best[0]]
-    limit = float(np.abs(leak.true).max())
-    for at, matrix, word in (
-        (axes[1, 0], leak.true, "true: removing"),
-        (axes[1, 1], leak.ablated, "ablating latents of"),
-    ):
-        letter = "c" if at is axes[1, 0] else "d"
-        title = f"{letter}  {word} the factor (row), effect on the output (column)"
-        title = f"{title}\n{best[0][0]}, {best[0][1]}; in sd of the output"
-        heat(figure, at, matrix, factors, list(outputs), title, limit)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8.5, frameon=False)
-    return png(figure)
-
-
-def _bars(axes: Any, groups: list) -> None:
-    """Median R2 by how the ablation is done."""
-    axes_of(axes, "b  median R2 by ablation and null", "", "median R2")
-    width = 0.8 / len(groups)
-    for number, (_, mine) in enumerate(groups):
-        values = [_median(mine, how, "r2") for how in HOW]
-        at = np.arange(len(HOW)) + (number - (len(groups) - 1) / 2) * width
-        axes.bar(at, np.nan_to_num(values), width * 0.92, color=COLOURS[number % len(COLOURS)])
-    axes.axhline(MEDIAN_R2, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.set_ylim(0, 1)
-    axes.set_xticks(range(len(HOW)), [how.replace(" ", "\n") for how in HOW], color=INK)

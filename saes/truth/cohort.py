@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from mechinterp.data.phantom import FACTORS, Phantom, prompts
 from mechinterp.models import HookedVLM
 from mechinterp.types import ImageTextBatch, Target
+from saes.truth.asking import generative, questions_of
 
 __all__ = ["NAMED", "Cohort", "Removal", "batch_of", "outputs", "removals", "scores"]
 
@@ -95,16 +96,19 @@ def outputs() -> list[Target]:
 
 
 def batch_of(model: HookedVLM, rendered: UInt8[np.ndarray, "n size size"], targets: Sequence[Target]) -> ImageTextBatch:
-    """Model-ready images."""
-    return model.prepare(rendered.astype(np.float32) / 255, targets)
+    """Model-ready images. A batch of a generative model asks one question: the first target's."""
+    return model.prepare(rendered.astype(np.float32) / 255, targets[:1] if generative(model) else targets)
 
 
 @torch.no_grad()
 def scores(
     model: HookedVLM, rendered: UInt8[np.ndarray, "n size size"], targets: Sequence[Target]
 ) -> Float[np.ndarray, "n target"]:
-    """The model's scores, in float64."""
-    parts = []
-    for start in range(0, len(rendered), BATCH):
-        parts.append(model.score(batch_of(model, rendered[start : start + BATCH], targets), targets))
+    """The model's scores on every target, in float64."""
+    if not len(rendered):
+        return np.zeros((0, len(targets)))
+    answer = questions_of(model, targets) if generative(model) else lambda batch: model.score(batch, targets)
+    parts = [
+        answer(batch_of(model, rendered[start : start + BATCH], targets)) for start in range(0, len(rendered), BATCH)
+    ]
     return torch.cat(parts).double().numpy()

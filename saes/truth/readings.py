@@ -7,18 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Shaped, UInt8
+from torch import Tensor
 
 from mechinterp.activations import ActivationStore
-from mechinterp.interventions import set_effects, token_mask
-from mechinterp.interventions.edits import How, Tokens
+from mechinterp.interventions import Resample, set_effects, token_mask
+from mechinterp.interventions.edits import How, Tokens, donors, edited
 from mechinterp.models import HookedVLM
-from mechinterp.types import Placed, Target
+from mechinterp.progress import progress
+from mechinterp.types import Placed, Site, Target
+from saes.metrics.disentanglement import interchange
 from saes.metrics.images import image_activations
 from saes.metrics.matching import Match, Thresholds, match
-from saes.truth.cohort import BATCH, Cohort, Removal, batch_of
+from saes.truth.asking import generative, resumer
+from saes.truth.cohort import BATCH, Cohort, batch_of
 
-__all__ = ["Acts", "Overlap", "effect_of_sets", "image_acts", "matches", "overlaps", "patched"]
+__all__ = ["Acts", "Overlap", "effect_of_sets", "image_acts", "matches", "overlaps", "site_values", "swapped"]
+
+CHUNK = 32
+"""Images that are finished at once from a site."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +110,7 @@ def _lost(
     return float(fires[alone].mean() - fires[both].mean())
 
 
+@torch.no_grad()
 def effect_of_sets(
     model: HookedVLM,
     placed: Placed,
@@ -112,44 +120,89 @@ def effect_of_sets(
     how: How,
     tokens: Tokens,
 ) -> Float[np.ndarray, "set image target"]:
-    """`f(x) - f(x with the set ablated)`: what the set's latents contribute; an empty set contributes 0."""
+    """`f(x) - f(x with the set ablated)`: what the set's latents contribute; an empty set contributes 0.
+
+    A generative model is asked all targets at once (`saes.truth.asking`).
+    """
     filled = [i for i, members in enumerate(sets) if len(members)]
     out = np.zeros((len(sets), len(cohort), len(targets)))
-    if filled:
+    if filled and generative(model):
+        out[filled] = _asked_of_sets(model, placed, cohort, targets, [sets[i] for i in filled], how, tokens)
+    elif filled:
         batch = batch_of(model, cohort.rendered, targets)
         found = set_effects(model, placed, batch, targets, [sets[i] for i in filled], how, tokens)
         out[filled] = -found.double().numpy()
     return out
 
 
-@torch.no_grad()
-def patched(
+def _asked_of_sets(
     model: HookedVLM,
     placed: Placed,
     cohort: Cohort,
-    removal: Removal,
     targets: Sequence[Target],
     sets: Sequence[Sequence[int]],
+    how: How,
     tokens: Tokens,
-) -> Float[np.ndarray, "set row target"]:
-    """As `effect_of_sets`, with the latents set to what they are when the factor is removed, not to 0.
+) -> Float[np.ndarray, "set image target"]:
+    x = site_values(model, placed.reads, cohort.rendered)
+    resume, out = resumer(model, placed.writes, targets), np.zeros((len(sets), len(x), len(targets)))
+    clean = torch.cat([resume(part) for part in x.split(CHUNK)])
+    mask, donor = token_mask(model, placed.reads, x.shape[1], tokens), None
+    acts = placed.dictionary.encode(x)
+    if isinstance(how, Resample):
+        donor = acts[donors(len(x), how.seed)]
+    for number, members in enumerate(progress(sets, "effects of sets", unit="set")):
+        which = torch.tensor(list(members))
+        old, given = acts[..., which], None if donor is None else donor[..., which]
+        delta = edited(how, old, which, mask, donor=given, rows=torch.arange(len(x))) - old
+        for rows in (delta != 0).any(2).any(1).nonzero()[:, 0].split(CHUNK):
+            if not len(rows):  # where nothing changes the effect is exactly 0
+                continue
+            after = resume(x[rows] + delta[rows] @ placed.dictionary.W_dec[which])
+            out[number, rows.numpy()] = (clean[rows] - after).double().numpy()
+    return out
 
-    With all latents as the set this is the most that any choice of latents can do: what is missing to the true effect
-    sits in the dictionary's error term, or at other tokens. The dictionary stands after a block of the vision tower.
+
+@torch.no_grad()
+def site_values(model: HookedVLM, site: Site, rendered: UInt8[np.ndarray, "n size size"]) -> Float[Tensor, "n pos d"]:
+    """What passes a site of the vision tower."""
+    kept: list[Tensor] = []
+    with model.hooks(fwd_hooks=[(str(site), lambda value, hook: kept.append(value))]):
+        for start in range(0, len(rendered), BATCH):
+            model.encode_image(model.preprocess(rendered[start : start + BATCH].astype(np.float32) / 255))
+    return torch.cat(kept) if kept else torch.zeros(0, 1, 1)
+
+
+@torch.no_grad()
+def swapped(
+    model: HookedVLM,
+    placed: Placed,
+    targets: Sequence[Target],
+    base: Float[Tensor, "pair pos d"],
+    source: Float[Tensor, "pair pos d"],
+    sets: Sequence[Sequence[int]],
+    tokens: Tokens,
+) -> Float[np.ndarray, "set pair target"]:
+    """Scores after the latents of each set take, in the base, the values they have in the source (`interchange`).
+
+    With all latents as the set this is the most that any choice of latents can do: what is missing to the source sits
+    in the dictionary's error term, or at other tokens. The empty set gives the base's own scores.
+
+    Args:
+        model, placed: a dictionary after a block of the vision tower.
+        targets: what is scored.
+        base, source: values at the dictionary's site (`site_values`).
+        sets: latents that are swapped together.
+        tokens: where.
     """
-    site, out = str(placed.reads), np.zeros((len(sets), len(removal.rows), len(targets)))
-    for start in range(0, len(removal.rows), BATCH):
-        part = slice(start, start + BATCH)
-        before = batch_of(model, cohort.rendered[removal.rows[part]], targets)
-        x, y = (
-            model.run_with_cache(batch, names_filter=site)[1][site]
-            for batch in (before, batch_of(model, removal.rendered[part], targets))
-        )
-        mask = token_mask(model, placed.reads, x.shape[1], tokens)[:, None]
-        change = (placed.dictionary.encode(y) - placed.dictionary.encode(x)) * mask
-        clean = model.run_from(site, x, before, targets)
+    resume, out = resumer(model, placed.writes, targets), np.zeros((len(sets), len(base), len(targets)))
+    mask = token_mask(model, placed.reads, base.shape[1], tokens)[:, None]
+    for start in range(0, len(base), CHUNK):
+        part = slice(start, start + CHUNK)
+        x = base[part]
+        mine = placed.dictionary.encode(x)
+        theirs = torch.where(mask, placed.dictionary.encode(source[part]), mine)
         for number, members in enumerate(sets):
-            chosen = list(members)
-            new = x + change[..., chosen] @ placed.dictionary.W_dec[chosen]
-            out[number, part] = (clean - model.run_from(site, new, before, targets)).double().numpy()
+            value = interchange(x, mine, theirs, placed.dictionary.W_dec, members) if len(members) else x
+            out[number, part] = resume(value).double().numpy()
     return out
