@@ -23,7 +23,7 @@ from torch import Tensor
 
 from graphs.causal.changes import Change, FeatureAt
 from graphs.causal.legs import Leg, legs_of, read_outputs
-from graphs.causal.sites import Hooks, Mode, edits_of, hold, keep, site_hooks
+from graphs.causal.sites import Hooks, Mode, edits_of, hold, keep, leaves, only_hooks, site_hooks
 from graphs.frozen.parts import FrozenPass, Readout
 from graphs.targets import Feature, Output
 from mechinterp.errors import NonFiniteError, UsageError
@@ -133,6 +133,84 @@ class Lab:
         clean = self.readout_values if mode == "direct" else self.values
         return self.run(changes, mode).outputs - clean
 
+    def gradients(self, features: Sequence[FeatureAt]) -> Float[Tensor, "feature output"]:
+        """Gradient of each output at each feature's place, times what the feature writes there: one backward pass."""
+        points: dict[str, dict[str, Tensor]] = {}
+        seen: dict[str, dict[str, Tensor]] = {}
+        results: dict[str, Tensor] = {}
+        reads = {str(self.dictionary(f).reads) for f in self._features}
+        with torch.enable_grad():
+            for leg in self.legs:
+                points[leg.name], seen[leg.name] = {}, {}
+                sites = [n for n in self.clean[leg.name] if n.endswith("hook_mlp_out")]
+                here = reads & self.clean[leg.name].keys()
+                hooks = leaves(sites, points[leg.name]) + keep(here, seen[leg.name], gradient=True)
+                with self.model.hooks(fwd_hooks=hooks):
+                    results[leg.name] = leg.run(1)
+            pre, _ = self._watched(self._features, seen, 1)
+            values = self._read(results, pre, 1)[0]
+            flat = [(leg, site) for leg in points for site in points[leg]]
+            grads = [
+                torch.autograd.grad(v, [points[a][b] for a, b in flat], retain_graph=True, allow_unused=True)
+                for v in values
+            ]
+        found = torch.zeros(len(features), len(values), dtype=torch.float64)
+        _, acts = self.clean_state(features)
+        for row, feature in enumerate(features):
+            placed = self.dictionary(feature)
+            at = flat.index((self.leg_of(feature.tower).name, str(placed.writes)))
+            wrote = (acts[row] * placed.dictionary.W_dec[feature.index]).double()
+            for column, per_output in enumerate(grads):
+                gradient = per_output[at]
+                found[row, column] = 0.0 if gradient is None else gradient[0, feature.pos].double() @ wrote
+        return found
+
+    @torch.no_grad()
+    def activations(self) -> dict[tuple[str, int], Float[Tensor, "pos d_sae"]]:
+        """All activations of the clean pass, by tower of the graph and layer."""
+        found = {}
+        for leg in self.legs:
+            for tower in leg.towers:
+                for (name, layer), placed in self.placed.items():
+                    if name == tower.split(".")[0] and layer is not None:
+                        x = self.clean[leg.name][str(placed.reads)][0]
+                        found[tower, layer] = placed.dictionary.encode(x.to(placed.dictionary.W_enc.dtype))
+        return found
+
+    @torch.no_grad()
+    def only(
+        self,
+        kept: Sequence[Iterable[FeatureAt] | None],
+        other: dict[tuple[str, int], Float[Tensor, "pos d_sae"]] | None = None,
+    ) -> Float[Tensor, "set output"]:
+        """Outputs of the model, nothing held, with all features ablated except for those of each set (None: all kept).
+
+        `other`: `activations()` of another image, for resample ablation; else features go to 0. Errors are not touched.
+        """
+        n = len(kept)
+        masks = {key: torch.zeros(n, *acts.shape, dtype=torch.bool) for key, acts in self.activations().items()}
+        for row, features in enumerate(kept):
+            if features is None:
+                for mask in masks.values():
+                    mask[row] = True
+                continue
+            for f in features:
+                masks[f.tower, f.layer][row, f.pos, f.index] = True
+        results = {}
+        for leg in self.legs:
+            hooks: Hooks = []
+            for (tower, layer), mask in masks.items():
+                if tower in leg.towers:
+                    placed = self.placed[tower.split(".")[0], layer]
+                    hooks += only_hooks(
+                        str(placed.writes), placed, mask, None if other is None else other[tower, layer]
+                    )
+            with self.model.hooks(fwd_hooks=hooks):
+                results[leg.name] = leg.run(n)
+        if self._features:
+            raise UsageError("a feature as output cannot be ablated around", where="outputs", hint="use a logit")
+        return self._read(results, torch.zeros(n, 0), n)
+
     @property
     def readout_values(self) -> Float[Tensor, " readout"]:
         """The clean outputs as the frozen pass has them: the halves of a similarity are outputs of their own."""
@@ -155,21 +233,23 @@ class Lab:
         wanted = {str(self.dictionary(f).reads) for f in every} | set(names)
         if mode == "direct":
             wanted |= {self._stream_name(r) for r in self._frozen().readouts}
-        results, seen = dict(self._results), {}
+        results: dict[str, Tensor] = {}
+        seen: dict[str, dict[str, Tensor]] = {}
         for leg in self.legs:
             clean = self.clean[leg.name]
-            seen[leg.name] = kept = {}
-            if any(f.tower in leg.towers for change in changes for f in change.features):
-                hooks = self._hooks(leg, changes, mode) + keep(sorted(wanted & clean.keys()), kept)
+            mine = [i for i, change in enumerate(changes) if any(f.tower in leg.towers for f in change.features)]
+            kept: dict[str, Tensor] = {}
+            if mine:
+                hooks = self._hooks(leg, [changes[i] for i in mine], mode) + keep(sorted(wanted & clean.keys()), kept)
                 with self.model.hooks(fwd_hooks=hooks):
-                    results[leg.name] = leg.run(n)
-            else:
-                results[leg.name] = results[leg.name].expand(n, *results[leg.name].shape[1:])
-                kept |= {name: clean[name].expand(n, *clean[name].shape[1:]) for name in wanted & clean.keys()}
+                    kept["result"] = leg.run(len(mine))
+            whole = {"result": self._results[leg.name]} | {name: clean[name] for name in wanted & clean.keys()}
+            seen[leg.name] = {name: _spread(value, kept.get(name), mine, n) for name, value in whole.items()}
+            results[leg.name] = seen[leg.name].pop("result")
         pre, acts = self._watched(every, seen, n)
         outputs = self._read_frozen(seen, n) if mode == "direct" else self._read(results, pre[:, len(watch) :], n)
-        kept = {name: next(k[name] for k in seen.values() if name in k) for name in names}
-        return Outcome(outputs, pre[:, : len(watch)], acts[:, : len(watch)], kept)
+        asked = {name: next(k[name] for k in seen.values() if name in k) for name in names}
+        return Outcome(outputs, pre[:, : len(watch)], acts[:, : len(watch)], asked)
 
     def _hooks(self, leg: Leg, changes: Sequence[Change], mode: Mode) -> Hooks:
         n, clean = len(changes), self.clean[leg.name]
@@ -244,6 +324,14 @@ class Lab:
         feature, other = iter(pre.T), iter(read_outputs(self.model, self.outputs, self.legs, results))
         columns = [next(feature if isinstance(output, Feature) else other).double() for output in self.outputs]
         return torch.stack([column.expand(n) for column in columns], dim=1)
+
+
+def _spread(clean: Tensor, changed: Tensor | None, rows: list[int], n: int) -> Tensor:
+    """One value a row: the clean one, and the changed ones in their rows."""
+    if changed is not None and len(rows) == n:
+        return changed
+    found = clean.expand(n, *clean.shape[1:])
+    return found if changed is None else found.clone().index_copy_(0, torch.tensor(rows), changed)
 
 
 def _grouped(watch: Iterable[FeatureAt]) -> dict[tuple[str, int], list[int]]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from graphs.causal.changes import Change, FeatureAt
 from mechinterp.types import Placed
 
-__all__ = ["Edit", "Hooks", "Mode", "edits_of", "hold", "keep", "site_hooks"]
+__all__ = ["Edit", "Hooks", "Mode", "edits_of", "hold", "keep", "leaves", "only_hooks", "site_hooks"]
 
 Mode = Literal["direct", "replacement", "frozen_attn", "free"]
 Hooks = list[tuple[str, Callable[..., Any]]]
@@ -26,13 +27,40 @@ class Edit(NamedTuple):
     value: float
 
 
-def keep(names: Iterable[str], into: dict[str, Tensor]) -> Hooks:
+def keep(names: Iterable[str], into: dict[str, Tensor], gradient: bool = False) -> Hooks:
     """Hooks that store values as they come by (after edits, if these were put on before)."""
 
     def store(value: Tensor, hook: Any) -> None:
-        into[hook.name] = value.detach()
+        into[hook.name] = value if gradient else value.detach()
 
     return [(name, store) for name in names]
+
+
+def leaves(names: Iterable[str], into: dict[str, Tensor]) -> Hooks:
+    """Hooks that add a zero to each value, at which gradients can be taken."""
+
+    def add(value: Tensor, hook: Any) -> Tensor:
+        into[hook.name] = torch.zeros_like(value, requires_grad=True)
+        return value + into[hook.name]
+
+    return [(name, add) for name in names]
+
+
+def only_hooks(name: str, placed: Placed, kept: Bool[Tensor, "row pos d_sae"], other: Tensor | None) -> Hooks:
+    """Hooks that ablate every feature outside of `kept`: to 0, or to the activations `other [pos, d_sae]`.
+
+    Errors and biases stay as they are in each pass.
+    """
+    d = placed.dictionary
+    seen: list[Tensor] = []
+
+    def write(value: Tensor, hook: Any) -> Tensor:
+        now = d.encode(seen.pop().to(d.W_enc.dtype))
+        wanted = torch.zeros_like(now) if other is None else other.expand_as(now)
+        moved = torch.where(kept, 0.0, wanted - now) @ d.W_dec
+        return value + moved.to(value.dtype)
+
+    return [(str(placed.reads), lambda value, hook: seen.append(value)), (name, write)]
 
 
 def hold(value: Tensor, n: int) -> Callable[..., Tensor]:

@@ -96,7 +96,9 @@ class Circuit:
         """The four heads of block 1."""
         rest = ("effusion", *self.textures[len(FINDINGS) :])
         return (
-            Head(0, 1, {"lesion found": ("lesion seen", 6.0)}, *(("lesion found", 3.0) if self.follows else ())),
+            Head(0, 1, {"lesion found": ("lesion seen", 0.8)}, "lesion found", 6.0)
+            if self.follows
+            else Head(0, 1, {"lesion found": ("lesion seen", 6.0)}),
             Head(1, 1, {"border found": ("border seen", 6.0)}),
             Head(2, 1, {"marker found": ("marker seen", 8.0)}),
             Head(3, 1, {f"{t} found": (f"{t} seen", 6.0) for t in rest}),
