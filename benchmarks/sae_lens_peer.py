@@ -11,21 +11,21 @@ from saes.config import BatchTopKConfig, GatedConfig, JumpReLUConfig, Matryoshka
 from saes.engine.trainer import Trainer
 
 
-def sae_lens_trainer(ours: Trainer, batch_size: int | None = None, autocast: bool = False, sparse: bool = False) -> Any:
+def sae_lens_trainer(ours: Trainer, autocast: bool = False, rescaled: bool = True) -> Any:
     """An `SAETrainer` with the weights that `ours` has now. After each `step(batch)`, add 1 to `n_training_steps`.
 
     Args:
         ours: of an SAE; sae-lens cannot train transcoders.
-        batch_size: rows of a batch; default, the configuration's.
         autocast: its bf16 mode.
-        sparse: its mode of sparse activations, which only TopK has.
+        rescaled: False for its other choice of the largest, which leaves decoder norms out. It is faster, and not what
+            ours does. TopK then also takes its sparse activations, the faster ones, which fail where it rescales.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
-    config, steps, rows = ours.config, ours.steps, batch_size or ours.config.batch_size
-    sae = _sae(ours, sparse)
+    config, steps, rows = ours.config, ours.steps, ours.config.batch_size
+    sae = _sae(ours, rescaled)
     with torch.no_grad():
         sae.W_dec.copy_(ours.weights["W_dec"])
         sae.W_enc.copy_(ours.weights["enc"].T)
@@ -45,7 +45,7 @@ def sae_lens_trainer(ours: Trainer, batch_size: int | None = None, autocast: boo
     return SAETrainer(settings, sae, iter(()))
 
 
-def _sae(ours: Trainer, sparse: bool) -> Any:
+def _sae(ours: Trainer, rescaled: bool) -> Any:
     import sae_lens
 
     config, warm_up = ours.config, ours.steps // 20
@@ -53,9 +53,11 @@ def _sae(ours: Trainer, sparse: bool) -> Any:
     device = str(ours.weights["b_dec"].device)
     shape = {"d_in": d, "d_sae": width, "normalize_activations": "none", "device": device}
     taught = {"k": getattr(config, "k", None), "topk_threshold_lr": ours._threshold_rate()}
+    if not rescaled:
+        shape["rescale_acts_by_decoder_norm"] = False
     match config:
         case TopKConfig():
-            settings = sae_lens.TopKTrainingSAEConfig(k=config.k, use_sparse_activations=sparse, **shape)
+            settings = sae_lens.TopKTrainingSAEConfig(k=config.k, use_sparse_activations=not rescaled, **shape)
             return sae_lens.TopKTrainingSAE(settings)
         case BatchTopKConfig():
             return sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(**taught, **shape))

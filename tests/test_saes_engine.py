@@ -1,7 +1,10 @@
 """The training step by hand: equal to autograd of the same loss, to sae-lens's trainer, and to torch.topk."""
 
+import time
+
 import pytest
 import torch
+from pretend_device import DEVICE, PretendDevice
 
 from benchmarks.sae_lens_peer import sae_lens_trainer
 from saes.config import (
@@ -272,6 +275,35 @@ def test_a_nan_is_refused_before_it_is_learnt(config):
 
 
 @pytest.mark.parametrize("config", KINDS, ids=names)
+def test_steps_off_the_cpu(config):
+    """The path of a GPU: no tensor is left on the CPU, and its choices (another top-k) give the same training."""
+    _, x, y = setting(config)
+    here = Trainer(config, D, y.mean(0), 40)
+    here.since_fired += torch.arange(WIDTH) % 2 * 1000  # some are dead: there is an auxiliary loss
+    losses = [here.step(x, y) for _ in range(6)]
+    with PretendDevice():
+        there = Trainer(config, D, y.mean(0), 40, device=DEVICE)
+        there.since_fired += torch.arange(WIDTH, device=DEVICE) % 2 * 1000
+        x, y = x.to(DEVICE), y.to(DEVICE)
+        found = [there.step(x, y) for _ in range(6)]
+        weights = {name: weight.cpu() for name, weight in there.weights.items()}
+        assert {weight.device.type for weight in there.state()[0].values()} == {DEVICE}
+    assert found == pytest.approx(losses, rel=1e-4)
+    for name, weight in here.weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_the_pretended_device_refuses_a_mixture():
+    with PretendDevice():
+        there = torch.ones(3, device=DEVICE)
+        assert (there * 2).sum().item() == 6
+        with pytest.raises(AssertionError, match="two devices"):
+            there + torch.ones(3)
+        with pytest.raises((TypeError, RuntimeError)):
+            there.numpy()
+
+
+@pytest.mark.parametrize("config", KINDS, ids=names)
 def test_the_same_steps_on_a_gpu(config):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
@@ -281,3 +313,24 @@ def test_the_same_steps_on_a_gpu(config):
         assert there.step(x.cuda(), y.cuda()) == pytest.approx(here.step(x, y), rel=1e-4)
     for name, weight in here.weights.items():
         torch.testing.assert_close(there.weights[name].cpu(), weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.xdist_group("saes")
+@pytest.mark.parametrize("kind", [TopKConfig, BatchTopKConfig, MatryoshkaConfig])
+def test_no_slower_than_sae_lens_on_a_gpu(kind):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    config = kind(k=32, width=16 * 768, batch_size=4096)
+    x = torch.randn(4096, 768, device="cuda")
+    ours = Trainer(config, 768, x.mean(0), 1000, device="cuda")
+    theirs = sae_lens_trainer(ours)
+    seconds = {}
+    for _ in range(5):  # the first ones warm up
+        for name, trainer in (("ours", ours), ("theirs", theirs)):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(10):
+                trainer.step(x)
+            torch.cuda.synchronize()
+            seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
+    assert seconds["ours"] <= seconds["theirs"]

@@ -45,7 +45,7 @@ class SparseCodes:
     def _pattern(self) -> Tensor:
         """The support as a sparse CSR matrix of zeros, `[latent, row]`."""
         _, row, starts = self._by_latent
-        end = torch.tensor([len(row)], device=row.device)
+        end = torch.full((1,), len(row), device=row.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "CSR is in beta"
             return torch.sparse_csr_tensor(
@@ -58,7 +58,7 @@ class SparseCodes:
 
     def split(self, levels: tuple[int, ...]) -> SparseCodes:
         """Each row as `len(levels)` rows, one for the latents of each level (levels are the ends of the ranges)."""
-        ends = torch.tensor(levels, device=self.latent.device)
+        ends = torch.tensor(levels).to(self.latent.device)
         level = torch.bucketize(self.latent, ends, right=True)
         split = SparseCodes(self.row * len(levels) + level, self.latent, self.rows * len(levels), self.width)
         order, _, starts = self._by_latent

@@ -97,7 +97,7 @@ class Trainer:
             [self._moments[f"exp_avg.{name}"] for name in names],
             [self._moments[f"exp_avg_sq.{name}"] for name in names],
             [],
-            [torch.tensor(self.done + 1.0, device=device) for _ in names],
+            [torch.full((), self.done + 1.0, device=device) for _ in names],
             lr=self.config.lr * self._rate(),
             beta1=0.9,
             beta2=0.999,

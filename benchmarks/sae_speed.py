@@ -1,0 +1,143 @@
+"""One training step of several trainers in turns, by wall clock and by CPU time.
+
+CPU time is that of the process, all threads together; it hardly depends on what else the machine does. Trainers that
+cannot share our environment run in one of their own (benchmarks/peers/dictionaries.txt), a step at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+PEER_PYTHON = "MECHINTERP_SAE_PEER_PYTHON"
+SCRIPT = Path(__file__).parent / "peers" / "run_dictionary.py"
+ELSEWHERE = {"topk": ("dictionary_learning", "sparsify"), "batchtopk": ("dictionary_learning",)}
+ELSEWHERE["matryoshka"] = ELSEWHERE["batchtopk"]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one step."""
+
+    wall: float
+    cpu: float
+
+
+def here(trainer: Any, batches: list[Tensor]) -> Callable[[], Seconds]:
+    """One step a call, on the batches in turn, of a trainer of ours or of sae-lens."""
+    done = 0
+
+    def step() -> Seconds:
+        nonlocal done
+        wall, cpu = time.perf_counter(), time.process_time()
+        trainer.step(batches[done % len(batches)])
+        seconds = Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+        if hasattr(trainer, "n_training_steps"):
+            trainer.n_training_steps += 1
+        done += 1
+        return seconds
+
+    return step
+
+
+def product(x: Tensor, width: int) -> Callable[[], Seconds]:
+    """The encoder product alone."""
+    W, out = torch.randn(width, x.shape[1]), torch.empty(len(x), width)
+
+    def run() -> Seconds:
+        wall, cpu = time.perf_counter(), time.process_time()
+        torch.mm(x, W.T, out=out)
+        return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+    return run
+
+
+class Elsewhere:
+    """A trainer in another environment. A context manager: leaving it ends the process.
+
+    Raises RuntimeError, with the last line that the process wrote, where it cannot run there.
+    """
+
+    def __init__(self, package: str, kind: str, batches: list[Tensor], k: int, width: int):
+        self._folder = tempfile.TemporaryDirectory()
+        file = Path(self._folder.name) / "batches.safetensors"
+        save_file({f"{i:03d}": batch.contiguous() for i, batch in enumerate(batches)}, file)
+        sizes = {"k": k, "width": width, "threads": torch.get_num_threads()}
+        options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+        command = [os.environ[PEER_PYTHON], str(SCRIPT), str(file), package, kind, *options]
+        self._errors = (Path(self._folder.name) / "stderr").open("w+")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        try:
+            self.name = f"{package} {self._answer()['version']}"
+        except RuntimeError:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Elsewhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+        self._errors.close()
+        self._folder.cleanup()
+
+    def __call__(self) -> Seconds:
+        assert self._process.stdin
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        found = self._answer()
+        return Seconds(found["wall"], found["cpu"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            said = self._errors.read().strip().splitlines()
+            raise RuntimeError(said[-1] if said else "it ended without a word")
+        return json.loads(line)
+
+
+def elsewhere(kind: str, batches: list[Tensor], k: int, width: int) -> list[Elsewhere]:
+    """The trainers of other packages, as far as they are there; says which are not."""
+    if PEER_PYTHON not in os.environ:
+        print(f"{kind}: without {', '.join(ELSEWHERE[kind])} ({PEER_PYTHON} is not set, see {SCRIPT.parent.name}/)")
+        return []
+    found = []
+    for package in ELSEWHERE[kind]:
+        try:
+            found.append(Elsewhere(package, kind, batches, k, width))
+        except (RuntimeError, OSError) as error:
+            print(f"{kind}: without {package} ({error})")
+    return found
+
+
+def in_turns(runs: dict[str, Callable[[], Seconds]], repeats: int) -> dict[str, Seconds]:
+    """Median seconds of each, after a step that is not counted. They take turns, so that a slow moment meets all."""
+    for run in runs.values():
+        run()
+    found: dict[str, list[Seconds]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            found[name].append(run())
+    return {
+        name: Seconds(statistics.median(s.wall for s in seconds), statistics.median(s.cpu for s in seconds))
+        for name, seconds in found.items()
+    }
