@@ -249,7 +249,7 @@ def suggest(
         if len(chosen) < 2:
             continue
         together = [i for at in chosen for i in ids[at]]
-        label = graph.nodes.labels[graph.nodes.index(together[0])]
+        label = graph.nodes.labels[graph.nodes.index(together[0])].partition(" at ")[0]
         taken = {group.name for group in made}
         made = made.add(label if label not in taken else f"{label} ({len(made) + 1})", together)
     return made
