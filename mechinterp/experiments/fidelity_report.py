@@ -48,10 +48,11 @@ def report(readings: Sequence[Reading], outputs: Sequence[str]) -> Result:
     groups = [(key, list(mine)) for key, mine in groupby(readings, lambda r: (r.model, r.dictionary))]
     rows = [row for reading in readings for row in _rows(reading)]
     leaks = {key: _leakage(mine) for key, mine in groups}
-    for (model, dictionary), leak in leaks.items():
+    for ((model, dictionary), leak), (_, mine) in zip(leaks.items(), groups, strict=True):
         of = {"model": model, "dictionary": dictionary}
         n = leak.true.size
         rows += [
+            Row("l0", mine[0].l0, mine[0].images, of=of),
             Row("across slope", leak.slope, n, of=of),
             Row("across r2", leak.r2, n, of=of),
             Row("off-target, do()", leak.off_true, n, of=of),
@@ -68,7 +69,8 @@ def report(readings: Sequence[Reading], outputs: Sequence[str]) -> Result:
 
 
 def _rows(r: Reading) -> list[Row]:
-    of: dict[str, Any] = {"model": r.model, "dictionary": r.dictionary, "site": r.site, "factor": r.factor}
+    of: dict[str, Any] = {"model": r.model, "dictionary": r.dictionary, "site": r.site, "kind": r.kind}
+    of["factor"] = r.factor
     n, present = len(r.present), int(r.present.sum())
     rows = [
         Row("f1", r.f1["trained"], r.images, of=of | {"latents": list(r.latents), **vars(r.shape)}),
@@ -239,7 +241,7 @@ def _claims(model: str, groups: Sequence[Group]) -> list[Claim]:
     swaps = each(
         lambda f: _above(
             median(f, "swap matched", "disentangle"),
-            *(median(f, f"swap {h}", "disentangle") for h in ("random", "untrained")),
+            *(median(f, f"swap {how}", "disentangle") for how in ("random", "untrained")),
         )
     )
     return [
