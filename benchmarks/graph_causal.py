@@ -10,9 +10,10 @@ For each image with a consolidation, seen by no training: the graph of the conso
   bootstrap over patients; anchor 0.72, Ameisen et al. 2025);
 - effects of features on features, perturbations one block on, attention mediation, matched random features, and the
   faithfulness curve of the ranking;
-- the share of the patches' influence that lies inside the true mask of the lesion, divided by the mask's share of the
-  image; the same for a model with random weights and with no dictionaries at all (there the graph runs through
-  attention alone).
+- the share of the patches' influence (and of their total effects) that lies inside the true mask of the lesion, divided
+  by the mask's share of the image: for the answer, and for the token of the model's own report that names the finding;
+  the same for a model with random weights. That one has no dictionaries, so its graph runs through attention alone; the
+  trained model's graph without dictionaries stands beside it.
 
 Writes benchmarks/results/graph-causal-MODEL.json and prints the table.
 """
@@ -34,7 +35,7 @@ from graphs.causal.lab import Lab
 from graphs.causal.report import RANKED, node_effects, report
 from graphs.frozen import freeze
 from graphs.graph import AttributionGraph
-from graphs.influence import influence
+from graphs.influence import influence, total_effect
 from graphs.nodes import NodeType
 from graphs.scores import scores
 from graphs.targets import Contrast, Output, ReportToken
@@ -49,6 +50,7 @@ SEED = 77_000
 ANCHOR = 0.72
 MAX_FEATURES = 1000
 N_NODES = 64
+COUNTS = ("images", "reports", "nulls")
 
 
 def cohort(n: int) -> Phantom:
@@ -67,18 +69,23 @@ def batch_of(model: HookedVLM, pixels: np.ndarray) -> ImageTextBatch:
     return model.prepare(pixels[None] / 255.0, [target()])
 
 
-def concentration(graph: AttributionGraph, mask: np.ndarray, model: HookedVLM) -> float:
-    """Share of the patches' influence inside the mask over the mask's share of their area; nan without either."""
-    strength = influence(graph)
+def concentration(graph: AttributionGraph, mask: np.ndarray, model: HookedVLM) -> dict[str, float]:
+    """What lies inside the mask, as a share of what all patches have, over the mask's share of their area.
+
+    "influence": of the patches' influence. "total effect": of the sizes of the patches' signed effects on the output,
+    which, unlike influence, let paths of opposite sign cancel. nan where there is nothing to share out.
+    """
     rows, columns = model.grid_shape
     height, width = mask.shape
     # how much of each patch the mask covers
     cover = mask.reshape(rows, height // rows, columns, width // columns).mean((1, 3)).reshape(-1)
     patches = (graph.nodes.type == NodeType.PATCH).nonzero()[:, 0]
-    found = strength[patches].numpy()
-    if not found.sum() or not cover.sum():
-        return float("nan")
-    return float((found * cover).sum() / found.sum() / cover.mean())
+    found = {}
+    for name, values in (("influence", influence(graph)), ("total effect", total_effect(graph).abs())):
+        sizes = values[patches].numpy()
+        known = bool(sizes.sum() and cover.sum())
+        found[name] = float((sizes * cover).sum() / sizes.sum() / cover.mean()) if known else float("nan")
+    return found
 
 
 def report_token(model: HookedVLM, batch: ImageTextBatch) -> Output | None:
@@ -143,7 +150,8 @@ def where_it_looks(
         frozen = freeze(model, inputs, [output])
         for label, dictionaries in places.items():
             graph = build_graph(frozen, dictionaries, max_features=MAX_FEATURES)
-            found[f"{name}, {label}"] = concentration(graph, mask, model)
+            parts = concentration(graph, mask, model)
+            found |= {f"{measure} on {name}, {label}": value for measure, value in parts.items()}
     return found
 
 
@@ -210,7 +218,7 @@ def collect(rows: Sequence[dict[str, Any]], patients: Sequence[str]) -> list[dic
         lambda row: row["control"]["effect"] / row["control"]["random_median"],
     )
     for place in dict.fromkeys(key for row in rows for key in row.get("places", {})):
-        line(f"patch influence in the mask over its area: {place}", lambda row, p=place: row["places"][p])
+        line(f"mask over its area: {place}", lambda row, p=place: row["places"][p])
     return lines
 
 
@@ -224,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--reports", type=int, default=10, help="images with a full causal report; all have node effects"
     )
+    parser.add_argument("--nulls", type=int, default=25, help="images of the random model and of attention alone")
     parser.add_argument("--places-only", action="store_true", help="only where the influence lies")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -233,29 +242,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     phantom = cohort(args.images)
     images, without, masks = phantom.render(), phantom.do(**{FINDING: 0}).render(), phantom.masks(FINDING)
     null = randomised(model)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     for i in progress(range(len(phantom)), f"{args.model}: graphs and interventions"):
         row: dict[str, Any] = {"node_spearman": {}}
         if not args.places_only:
             row = study_image(model, images[i], without[i], dictionaries, whole=i < args.reports)
         plain = batch_without_prompt(batch_of(model, images[i]))
         token = report_token(model, plain) if model.family == "llava" else None
-        place: Placements = {"transcoders": dictionaries, "attention alone": ()}
-        row["places"] = where_it_looks(model, images[i], masks[i], place, token)
-        random = where_it_looks(null, images[i], masks[i], {"attention alone": ()}, token)
-        row["places"] |= {f"random weights: {name}": value for name, value in random.items()}
+        row["places"] = where_it_looks(model, images[i], masks[i], {"transcoders": dictionaries}, token)
+        if i < args.nulls:
+            row["places"] |= where_it_looks(model, images[i], masks[i], {"attention alone": ()}, token)
+            random = where_it_looks(null, images[i], masks[i], {"attention alone": ()}, token)
+            row["places"] |= {f"random weights: {name}": value for name, value in random.items()}
         rows.append(row | {"image": phantom.images[i], "patient": phantom.patients[i]})
-    found = {
-        "name": f"graph-causal-{args.model}",
-        "machine": machine(),
-        "model": {"label": args.model, "sha256": model.sha256},
-        "seconds": round(time.perf_counter() - start, 1),
-        "settings": {"images": len(rows), "reports": args.reports, "max_features": MAX_FEATURES, "n_nodes": N_NODES},
-        "anchor": ANCHOR,
-        "summary": collect(rows, phantom.patients),
-        "rows": rows,
-    }
-    write_json(args.out / f"graph-causal-{args.model}.json", found)
+        # written after every image: an hour of work is not lost to a stopped process
+        found = {
+            "name": f"graph-causal-{args.model}",
+            "machine": machine(),
+            "model": {"label": args.model, "sha256": model.sha256},
+            "seconds": round(time.perf_counter() - start, 1),
+            "settings": {"max_features": MAX_FEATURES, "n_nodes": N_NODES} | {k: vars(args)[k] for k in COUNTS},
+            "images": len(rows),
+            "anchor": ANCHOR,
+            "summary": collect(rows, phantom.patients[: len(rows)]),
+            "rows": rows,
+        }
+        write_json(args.out / f"graph-causal-{args.model}.json", found)
     for entry in found["summary"]:
         low, high = entry["ci95"]
         print(f"{entry['name']:78} {entry['median']:9.3g}  [{low:.3g}, {high:.3g}]  n={entry['n']}")

@@ -122,6 +122,9 @@ class Lab:
         """
         if not changes:
             raise UsageError("no changes", where="Lab.run")
+        for feature in {FeatureAt(f.tower, f.layer, 0, 0) for change in changes for f in change.features}:
+            self.dictionary(feature)  # these say what is missing
+            self.leg_of(feature.tower)
         rows = [self._some(changes[i : i + self.chunk], mode, watch, names) for i in range(0, len(changes), self.chunk)]
         outputs, pre, acts = (torch.cat([getattr(r, k) for r in rows]) for k in ("outputs", "pre", "acts"))
         if not torch.isfinite(outputs).all():
@@ -263,8 +266,6 @@ class Lab:
             tower, _, layer, _ = name.split(".")
             placed = self.placed.get((tower, int(layer)))
             edits = edits_of(changes, leg.towers, tower, int(layer))
-            if placed is None and edits:
-                self.dictionary(edits[0].feature)  # says what is missing
             site, reads = name, clean[name] if placed is None else clean[str(placed.reads)]
             if placed is not None and placed.reads == placed.writes:
                 if mode in ("direct", "replacement"):
