@@ -173,7 +173,7 @@ class Layout:
         self.features[key] = range(start, start + len(pos))
         rows.scalars.append((start, level.activation, level.pre, level.constant))
 
-    def level_of(self, nodes: Int[Tensor, " target"]) -> list[tuple[tuple[int, int], Int[Tensor, " row"]]]:
+    def level_of(self, nodes: Int[Tensor, " target"]) -> list[tuple[tuple[int, int], Int[Tensor, " _row"]]]:
         """Feature nodes (ascending) as rows of their levels, level by level."""
         found = []
         for key, span in self.features.items():
@@ -207,6 +207,6 @@ class Layout:
                     return self.bias[self.bridged_from[number], max(below)]
         return self.chain_start[number]
 
-    def input_vectors(self, stack: Stack) -> list[tuple[str, Int[Tensor, " n"], Float[Tensor, "n d"]]]:
+    def input_vectors(self, stack: Stack) -> list[tuple[str, Int[Tensor, " _n"], Float[Tensor, "_n d"]]]:
         """The summands of a stack's input in node order."""
         return [(kind, *stack.inputs.kinds[kind]) for kind in INPUT_TYPES if kind in stack.inputs.kinds]

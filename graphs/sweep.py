@@ -89,7 +89,7 @@ class Sweep:
             for first in range(0, len(seeds), SMALLEST):
                 yield self._readouts(number, seeds[first : first + SMALLEST])
 
-    def _feature_batches(self, number: int, starts: list[tuple[int, Int[Tensor, " row"]]]) -> Iterator[Batch]:
+    def _feature_batches(self, number: int, starts: list[tuple[int, Int[Tensor, " _row"]]]) -> Iterator[Batch]:
         """Cut the feature targets of a stack into batches. Causal: of near positions, whatever their layer."""
         stack = self.frozen.stacks[number]
         layer = torch.cat([torch.full_like(rows, at) for at, rows in starts])
