@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from saes.config import BatchTopKConfig, GatedConfig, JumpReLUConfig, MatryoshkaConfig, TopKConfig
+from saes.config import BatchTopKConfig, GatedConfig, JumpReLUConfig, MatryoshkaConfig, TopKConfig, TranscoderConfig
 from saes.engine.trainer import Trainer
 
 
@@ -20,6 +20,8 @@ def sae_lens_trainer(ours: Trainer, autocast: bool = False, rescaled: bool = Tru
         rescaled: False for its other choice of the largest, which leaves decoder norms out. It is faster, and not what
             ours does. TopK then also takes its sparse activations, the faster ones, which fail where it rescales.
     """
+    if isinstance(ours.config, TranscoderConfig):
+        raise TypeError("sae-lens has no trainer of transcoders")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -73,10 +75,9 @@ def _sae(ours: Trainer, rescaled: bool) -> Any:
                 **shape,
             )
             return sae_lens.JumpReLUTrainingSAE(settings)
-        case GatedConfig():
+        case _:
+            assert isinstance(config, GatedConfig)
             settings = sae_lens.GatedTrainingSAEConfig(
                 l1_coefficient=config.l1_coefficient, l1_warm_up_steps=warm_up, **shape
             )
             return sae_lens.GatedTrainingSAE(settings)
-        case _:
-            raise TypeError(f"sae-lens has no trainer of {config.kind}")

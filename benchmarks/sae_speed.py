@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,32 +72,25 @@ class Elsewhere:
     """
 
     def __init__(self, package: str, kind: str, batches: list[Tensor], k: int, width: int):
-        self._folder = tempfile.TemporaryDirectory()
-        file = Path(self._folder.name) / "batches.safetensors"
-        save_file({f"{i:03d}": batch.contiguous() for i, batch in enumerate(batches)}, file)
-        sizes = {"k": k, "width": width, "threads": torch.get_num_threads()}
-        options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-        command = [os.environ[PEER_PYTHON], str(SCRIPT), str(file), package, kind, *options]
-        self._errors = (Path(self._folder.name) / "stderr").open("w+")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
-        try:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            file = folder / "batches.safetensors"
+            save_file({f"{i:03d}": batch.contiguous() for i, batch in enumerate(batches)}, file)
+            sizes = {"k": k, "width": width, "threads": torch.get_num_threads()}
+            options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+            command = [os.environ[PEER_PYTHON], str(SCRIPT), str(file), package, kind, *options]
+            self._errors = stack.enter_context((folder / "stderr").open("w+"))
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
+            self._process = stack.enter_context(process)  # leaving it closes its input, which ends it, and waits
             self.name = f"{package} {self._answer()['version']}"
-        except RuntimeError:
-            self.__exit__()
-            raise
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Elsewhere:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
-        self._errors.close()
-        self._folder.cleanup()
+        self._open.close()
 
     def __call__(self) -> Seconds:
         assert self._process.stdin
