@@ -93,7 +93,7 @@ def test_a_scale_that_is_recomputed_is_no_freeze(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(taps, "normalise", lambda norm, x, scale: real(norm, x, taps.scale_of(norm, x)))
     model = HookedVLM(*tiny("vit"))
     found = verify_freeze(model, example_batch(model))
-    assert {c.name for c in found if c.ok} == set(model.sites("*.hook_pattern"))
+    assert {c.name for c in found if c.ok} == {*model.sites("*.hook_pattern"), *model.sites("*.mlp.hook_post")}
 
 
 def test_a_pattern_that_is_only_shown_is_no_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,44 @@ def test_a_pattern_that_is_only_shown_is_no_freeze(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention.watch, "__init__", deaf)
     model = HookedVLM(*tiny("vit"))
     found = verify_freeze(model, example_batch(model))
-    assert {c.name for c in found if c.ok} == set(model.sites("*.hook_scale"))
+    assert {c.name for c in found if c.ok} == {*model.sites("*.hook_scale"), *model.sites("*.mlp.hook_post")}
+
+
+@pytest.mark.parametrize("family", ["vit", "llava", "gemma3"])
+def test_every_gate_holds(family: str) -> None:
+    model = HookedVLM(*tiny(family))
+    found = verify_freeze(model, example_batch(model), model.sites("*.mlp.hook_post"))
+    assert len(found) == sum(model.n_layers(t) for t in model.towers) and not failed(found), found
+
+
+def other_activation(mlp: Any) -> None:
+    """Still called GELU, no longer GELU: a gate that is computed from its name is not the model's."""
+    mlp.activation_fn.forward = lambda z: torch.nn.functional.gelu(z) + 0.1
+
+
+def no_up_branch(mlp: Any) -> None:
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x).sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("family", "tower", "damage"), [("vit", "vision", other_activation), ("llava", "text", no_up_branch)]
+)
+def test_a_gate_that_is_not_the_models_is_no_freeze(family: str, tower: str, damage: Callable[[Any], None]) -> None:
+    model = HookedVLM(*tiny(family))
+    damage(model.blocks(tower)[1].mlp)
+    found = verify_freeze(model, example_batch(model), model.sites(f"{tower}.*.mlp.hook_post"))
+    assert failed(found) == {f"{tower}.blocks.1.mlp.hook_post"}, found
+
+
+def test_a_gate_point_that_is_only_shown_is_no_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HookedVLM(*tiny("vit"))
+    point = model.hook_dict["vision.blocks.1.mlp.hook_post"]
+    real = taps.through
+    monkeypatch.setattr(
+        taps, "through", lambda p, v: (real(p, v)[0], False) if p is not point else (real(p, v) and v, False)
+    )
+    found = verify_freeze(model, example_batch(model), model.sites("*.mlp.hook_post"))
+    assert failed(found) == {"vision.blocks.1.mlp.hook_post"}
 
 
 def test_a_resume_that_forgets_the_final_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from tiny_models import FAMILIES, tiny
 from torch import Tensor, nn
 
 from graphs.frozen import check, freeze, in_dtype, report_of, worst
-from graphs.frozen.gates import gate_of
 from graphs.frozen.parts import FrozenBlock, FrozenPass, Inputs
 from graphs.targets import Contrast, Feature, Logit, Output, ReportToken, Similarity, TokenLogit
 from mechinterp.errors import ModelError, UsageError
 from mechinterp.models import HookedVLM
+from mechinterp.models.gates import gate_of
 from mechinterp.types import ImageTextBatch, Placed, Site, Target
 
 FLOAT, DOUBLE = torch.float32, torch.float64
@@ -142,7 +142,9 @@ def test_a_projector_that_reads_cls_too() -> None:
     model = in_dtype(HookedVLM(lively(hf), processor), DOUBLE)
     frozen = freeze(model, batch_of(model), [Contrast(TARGET)], DOUBLE)
     assert worst(check(frozen)).relative < 1e-10
-    assert frozen.stacks[1].labels[1:4] == ("image CLS", "image 0,0", "image 0,1")
+    labels = frozen.stacks[1].labels
+    first = labels.index("image CLS")
+    assert labels[first + 1 : first + 17] == tuple(f"image {r},{c}" for r in range(4) for c in range(4))
 
 
 @every_family
@@ -192,17 +194,19 @@ def test_values_are_the_models_own_scores(family: str) -> None:
 def test_tokens_of_a_report_share_one_pass(family: str) -> None:
     model = model_of(family)
     asked = model.preprocess(image())
-    ids, words = report_of(model, asked, max_new_tokens=5)
-    assert len(ids) == len(words) == 5
+    said = ("no", "effusion", "is", "there", "and")
+    ids = tuple(model.tokenizer.convert_tokens_to_ids(list(said)))
     tokens = [ReportToken(i, tokens=ids) for i in (4, 1)] + [ReportToken(2, tokens=ids, versus="effusion")]
     frozen = freeze(model, asked, tokens)
     assert worst(check(frozen)).relative < 1e-5
     prompt = len(frozen.stacks[1].labels) - 4  # the prompt and what was said before token 4
-    assert frozen.stacks[1].labels[prompt:] == words[:4]
+    assert frozen.stacks[1].labels[prompt:] == said[:4]
     assert [int(r.seed.abs().sum(-1).argmax()) - prompt for r in frozen.readouts] == [3, 0, 1]
-    assert freeze(model, asked, [ReportToken(1, tokens=ids)]).readouts[0].value == pytest.approx(
-        frozen.readouts[1].value, abs=1e-4
-    )
+    alone = freeze(model, asked, [ReportToken(1, tokens=ids)]).readouts[0]
+    assert alone.value == pytest.approx(frozen.readouts[1].value, abs=1e-4)
+    greedy, words = report_of(model, asked, max_new_tokens=3)
+    (first,) = freeze(model, asked, [ReportToken(0)]).readouts
+    assert len(greedy) == len(words) and first.name == words[0]
 
 
 def test_features_as_outputs_are_the_dictionaries_own_pre_activations() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from graphs.frozen.attention import FrozenAttention, Scores
 from graphs.frozen.capture import Cache, tower_module
-from graphs.frozen.gates import gate_of
 from graphs.frozen.norms import FrozenNorm
 from graphs.frozen.parts import FrozenBlock, FrozenMLP
 from mechinterp.errors import ModelError
+from mechinterp.models.gates import activation_of, gate_of
 from mechinterp.models.hooked import HookedVLM
 from mechinterp.models.tables import Block
 from mechinterp.models.wiring import find
@@ -154,9 +154,7 @@ def _post(block: Any, norm: str | None, out: str, at: _At, scale: str) -> Frozen
 
 def _mlp(block: Any, table: Block, at: _At) -> FrozenMLP:
     pre, out, inner = find(block, table.mlp_pre), find(block, table.mlp_post), find(block, "mlp")
-    activation = getattr(inner, "activation_fn", None) or getattr(inner, "act_fn", None)
-    if activation is None:
-        raise ModelError(f"{type(inner).__name__} has no activation that is known", where=f"{at.prefix}mlp")
+    activation = activation_of(inner)
     z = at["mlp.hook_pre"]
     up = getattr(inner, "up_proj", None)
     if up is None:

@@ -17,12 +17,12 @@ from torch import Tensor
 from graphs.frozen.attention import FrozenAttention, Scores
 from graphs.frozen.blocks import affine, frozen_blocks, frozen_norm
 from graphs.frozen.capture import Cache, recording, tower_module
-from graphs.frozen.gates import gate_of
 from graphs.frozen.inputs import image_inputs, image_labels, word_inputs, words_of
 from graphs.frozen.parts import FrozenMLP, Readout, Stack
 from graphs.frozen.readouts import Head, PooledHead, RowHead
 from graphs.targets import Contrast, Similarity
 from mechinterp.errors import UsageError
+from mechinterp.models.gates import gate_of
 from mechinterp.models.heads import cosine_scores
 from mechinterp.models.hooked import HookedVLM
 from mechinterp.models.norms import scale_of

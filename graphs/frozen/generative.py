@@ -12,13 +12,13 @@ from torch import Tensor
 
 from graphs.frozen.blocks import affine, frozen_blocks, frozen_norm
 from graphs.frozen.capture import Cache, recording
-from graphs.frozen.gates import gate_of
 from graphs.frozen.inputs import image_inputs, image_labels, word_inputs, words_of
 from graphs.frozen.norms import FrozenNorm
 from graphs.frozen.parts import Bridge, Readout, Stack
 from graphs.frozen.readouts import RowHead
 from graphs.targets import Contrast, Logit, ReportToken, TokenLogit
 from mechinterp.errors import ModelError, UsageError
+from mechinterp.models.gates import gate_of
 from mechinterp.models.heads import inputs_of
 from mechinterp.models.hooked import HookedVLM
 from mechinterp.models.norms import scale_of
@@ -108,7 +108,7 @@ def _plan(model: HookedVLM, batch: ImageTextBatch, output: Answer) -> Plan:
             if not -len(ids) <= output.position < len(ids):
                 raise UsageError(f"position {output.position} is outside the prompt of {len(ids)} tokens")
             minus = None if output.versus is None else _token(words, output.versus)
-            name = _name(words, plus, minus)
+            name = _name(model, plus, minus)
             return Plan(name, "logit", ids, output.position % len(ids), plus, minus, output.demeaned)
         case ReportToken():
             asked = _asked(model, batch, output.prompt)
@@ -118,7 +118,7 @@ def _plan(model: HookedVLM, batch: ImageTextBatch, output: Answer) -> Plan:
             prefix = torch.tensor(made[: output.index], dtype=torch.long)
             ids = torch.cat([_ids(asked), prefix])
             minus = None if output.versus is None else _token(words, output.versus)
-            name = _name(words, made[output.index], minus)
+            name = _name(model, made[output.index], minus)
             return Plan(name, "report token", ids, len(ids) - 1, made[output.index], minus, output.demeaned)
         case _:
             assert_never(output)
@@ -140,9 +140,8 @@ def _token(tokenizer: Any, token: str | int) -> int:
     return token if isinstance(token, int) else answer_token(tokenizer, token, "")
 
 
-def _name(tokenizer: Any, plus: int, minus: int | None) -> str:
-    word = tokenizer.decode([plus]).strip()
-    return word if minus is None else f"{word} - {tokenizer.decode([minus]).strip()}"
+def _name(model: HookedVLM, plus: int, minus: int | None) -> str:
+    return " - ".join(words_of(model, torch.tensor([plus] if minus is None else [plus, minus])))
 
 
 def _readout(model: HookedVLM, cache: Cache, plan: Plan, logits: Tensor, weight: float) -> Readout:

@@ -167,7 +167,8 @@ def _patch_grid(model: HookedVLM, batch: ImageTextBatch) -> tuple[bool, str]:
 
 
 def _freezes(model: HookedVLM, batch: ImageTextBatch, thorough: bool) -> tuple[bool, str]:
-    names = _chosen(model, "*.hook_pattern", thorough) + _chosen(model, "*.hook_scale", thorough)
+    kinds = ("*.hook_pattern", "*.hook_scale", "*.mlp.hook_post")
+    names = [name for kind in kinds for name in _chosen(model, kind, thorough)]
     found = verify_freeze(model, batch[:1], names)
     failed = [check for check in found if not check.ok]
     return not failed, f"{len(found)} freezes hold" if not failed else f"{failed[0].name}: {failed[0].detail}"

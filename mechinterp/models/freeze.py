@@ -1,5 +1,8 @@
 """Are the freezes real? A point that is said to freeze a nonlinearity must move the output when edited, and take the
 nonlinearity out of the gradient when detached. Attribution rests on this, so it is measured, not assumed.
+
+Patterns and scales are frozen at their own points. The gate of an MLP has no point: it is frozen at `mlp.hook_post`, by
+writing gate times input there, so what is proven is that this product is what the model itself has there.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from mechinterp.models import scoring
+from mechinterp.models.gates import activation_of, gate_of
 from mechinterp.models.tables import Classifier, Dual, Features, Generative
-from mechinterp.models.taps import Norm, Pattern, Tap
+from mechinterp.models.taps import Input, Norm, Pattern, Tap
 from mechinterp.models.wiring import find
-from mechinterp.types import ImageTextBatch, Target
+from mechinterp.types import ImageTextBatch, Site, Target
 
 if TYPE_CHECKING:
     from mechinterp.models.hooked import HookedVLM
 
 __all__ = ["Check", "attempt", "example_target", "moves", "primary", "verify_freeze", "with_text"]
+
+_FREEZES = ("hook_pattern", "hook_scale", "mlp.hook_post")
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,17 @@ class Check:
 
 
 def verify_freeze(model: HookedVLM, batch: ImageTextBatch, names: Sequence[str] | None = None) -> list[Check]:
-    """For each `hook_pattern` and `hook_scale`: an edit moves the output, and a detach makes the part linear.
+    """For each `hook_pattern`, `hook_scale`, `mlp.hook_post`: an edit moves the output, a detach makes the part linear.
 
     A detached pattern: the gradient at the queries is zero (and is not, when it is left alone).
     A detached scale: the norm is homogeneous in its centred input, so `grad(v . y) . x = v . (y - bias)`; left alone,
     the norm ignores the length of its input and that product is near zero.
+    A detached gate: gate times input is the value at `mlp.hook_post` (the model's activation is the one whose gate we
+    know), and with the gate detached it is homogeneous in that input; of a gated MLP, the gradient at the gate branch
+    is zero when it is detached (and is not, when it is left alone).
     """
     batch = with_text(model, batch)
-    wanted = [n for n in model.hook_dict if n.endswith(("hook_pattern", "hook_scale"))] if names is None else names
+    wanted = [n for n in model.hook_dict if n.endswith(_FREEZES)] if names is None else names
     with torch.no_grad():
         before = primary(model, model(batch))
     checks = []
@@ -126,7 +135,9 @@ def _as_leaf(module: nn.Module, side: str) -> Iterator[list[Tensor]]:
 
 
 def _detached(model: HookedVLM, batch: ImageTextBatch, tap: Tap) -> tuple[bool, str]:
-    """Whether detaching a pattern or a scale freezes it, and leaving it alone does not."""
+    """Whether detaching a pattern, a scale or a gate freezes it, and leaving it alone does not."""
+    if isinstance(tap, Input):
+        return _gate(model, batch, Site.parse(tap.points[0].name or ""))
     if isinstance(tap, Pattern):
         gradients = [_query_gradient(model, batch, tap, d) for d in (False, True)]
         return gradients[0] > 0 and gradients[1] == 0, (
@@ -164,3 +175,42 @@ def _homogeneity(model: HookedVLM, batch: ImageTextBatch, tap: Norm, detach: boo
         (gradient,) = torch.autograd.grad((y * linear).sum(), x)
     centred = x - x.mean(-1, keepdim=True) if isinstance(tap.module, nn.LayerNorm) else x
     return float((gradient * centred.detach()).double().sum() / linear.double().pow(2).sum())
+
+
+def _gate(model: HookedVLM, batch: ImageTextBatch, site: Site) -> tuple[bool, str]:
+    """Whether gate times input is what an MLP has before its output, and writing it with the gate held is linear.
+
+    The input is what the activation gets; of a gated MLP, what the up branch gives.
+    """
+    block, table = model.blocks(site.tower)[site.layer or 0], model.table.towers[site.tower].block
+    mlp, into = find(block, "mlp"), find(block, table.mlp_pre)
+    up, activation = getattr(mlp, "up_proj", None), activation_of(mlp)
+
+    def run(held: bool) -> tuple[float, float]:
+        """How far gate times input is from the value; what of the gradient does not go through it as a linear map."""
+        kept: list[Tensor] = []
+
+        def write(value: Tensor, hook: Any) -> Tensor:
+            at_gate, linear = gates[-1], inputs[-1]
+            gate = (gate_of(activation, at_gate) if up is None else activation(at_gate)).detach()
+            kept.extend([gate, (gate * linear if held else value).clone(), value.detach() - gate * linear.detach()])
+            return kept[1]
+
+        with _as_leaf(into, "output") as gates, _as_leaf(into if up is None else up, "output") as others:
+            inputs = gates if up is None else others
+            with torch.enable_grad():
+                output = primary(model, model.run_with_hooks(batch, fwd_hooks=[(str(site), write)]))
+                found = [gates[-1], kept[1]]
+                at_gate, at_value = torch.autograd.grad(output.float().pow(2).sum(), found, allow_unused=True)
+        if at_value is None:
+            return float("nan"), float("nan")
+        through = kept[0] * at_value if up is None else torch.zeros_like(gates[-1])
+        rest = -through if at_gate is None else at_gate - through
+        return float(kept[2].abs().max() / kept[1].detach().abs().max()), float(rest.abs().max() / at_value.abs().max())
+
+    (off, alone), (_, held) = run(False), run(True)
+    limit = 1e-4 if model.hf.dtype in (torch.float32, torch.float64) else 3e-2
+    homogeneous = type(activation).__name__ == "ReLU"  # nothing of it is left once its gate is taken out
+    return off < limit and held < limit and (alone > limit or homogeneous), (
+        f"gate times input is off by {off:.3g}, gradient past it {alone:.3g}, detached {held:.3g}"
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechinterp.errors import ModelError
 
-__all__ = ["gate_of"]
+__all__ = ["activation_of", "gate_of"]
 
 
 def _tanh_gelu(z: Tensor) -> Tensor:
@@ -42,3 +42,11 @@ def gate_of(activation: Any, z: Tensor) -> Tensor:
     if name not in _GATES:
         raise ModelError(f"no gate is known for the activation {name}", hint=f"known: {', '.join(sorted(_GATES))}")
     return _GATES[name](z)
+
+
+def activation_of(mlp: Any) -> Any:
+    """The activation module of a transformers MLP. Raises ModelError where there is none under a name that is known."""
+    found = getattr(mlp, "activation_fn", None) or getattr(mlp, "act_fn", None)
+    if found is None:
+        raise ModelError("has no activation under a name that is known", where=type(mlp).__name__)
+    return found
