@@ -32,7 +32,8 @@ import torch
 from benchmarks.common import RESULTS, machine, write_json
 from graphs.build import build_graph
 from graphs.causal.lab import Lab
-from graphs.causal.report import RANKED, node_effects, report
+from graphs.causal.ranking import node_effects
+from graphs.causal.reporting import RANKED, report
 from graphs.frozen import freeze
 from graphs.graph import AttributionGraph
 from graphs.influence import influence, total_effect
@@ -195,15 +196,17 @@ def collect(rows: Sequence[dict[str, Any]], patients: Sequence[str]) -> list[dic
                 f"Spearman with |effect|, {sample}: {ranking}",
                 lambda row, s=sample, r=ranking: row["node_spearman"][s][r],
             )
-    line("all held: ablation + edge, relative", lambda row: row["constrained_error"])
+    line("all held: ablation + edge, relative", lambda row: row["pairs"]["constrained_error"])
     for kind in ("direct", "total"):
         for statistic in ("pearson", "spearman", "sign", "sign_weighted"):
-            line(f"features on features, {kind} effect: {statistic}", lambda row, k=kind, s=statistic: row[k][s])
+            line(
+                f"features on features, {kind} effect: {statistic}", lambda row, k=kind, s=statistic: row["pairs"][k][s]
+            )
     for distance in range(6):
         for statistic in ("pearson", "spearman"):
             line(
                 f"total effect, {distance} layers between: {statistic}",
-                lambda row, d=distance, s=statistic: row["by_distance"][d][s],
+                lambda row, d=distance, s=statistic: row["pairs"]["by_distance"][d][s],
             )
     for name in ("cosine_stream", "nmse_stream", "cosine_mlp", "nmse_mlp"):
         line(f"one block on: {name}", lambda row, n=name: row["perturbation"][n])

@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     start = time.perf_counter()
     widths, latents = ((96, 16), (32, 8)) if args.quick else (WIDTHS, LATENTS)
-    n_images, seeds, steps = (3, (0,), 150) if args.quick else (8, (0, 1, 2), 1500)
+    n_images, seeds, steps = (2, (0,), 150) if args.quick else (8, (0, 1, 2), 1500)
     rows: list[dict[str, Any]] = []
     for width in progress(widths, "superposition"):
         for seed in seeds:

@@ -14,7 +14,7 @@ from graphs.causal.faithful import SHARES, curve
 from graphs.causal.figure import draw_suppression
 from graphs.causal.lab import Lab
 from graphs.causal.relations import agreement, spearman, total_effects
-from graphs.causal.suppress import suppress
+from graphs.causal.suppression import suppress
 from graphs.frozen import freeze, in_dtype
 from graphs.influence import total_effect
 from graphs.nodes import NodeType
@@ -287,7 +287,7 @@ def test_mistakes_are_named():
     with pytest.raises(UsageError, match="no dictionary"):
         lab.run([Change((FeatureAt("vision", 9, 0, 1),), (0.0,))])
     with pytest.raises(UsageError, match="tower 'text'"):
-        lab.clean_state([FeatureAt("text", 0, 0, 1)])
+        lab.leg_of("text")
     with pytest.raises(UsageError, match="changed twice"):
         Change((FeatureAt("vision", 1, 0, 1),) * 2, (0.0, 1.0))
     with pytest.raises(NonFiniteError):

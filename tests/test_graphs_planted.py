@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import planted as curves
+from benchmarks.graph_causal import concentration
 from graphs.build import build_graph
 from graphs.causal.changes import FeatureAt, features_of, scaled
 from graphs.causal.lab import Lab
-from graphs.causal.report import report
+from graphs.causal.reporting import report
 from graphs.frozen import freeze
 from graphs.heads import edge_heads
 from graphs.nodes import NodeType
@@ -192,10 +194,10 @@ def test_report_of_the_planted_model(planted):
     lab = Lab(planted.model, image, planted.dictionaries, [Logit(TARGETS[0])], frozen=frozen)
     other = Lab(planted.model, image_with(planted, "effusion"), planted.dictionaries, [Logit(TARGETS[0])])
     found = report(lab, graph, other=other, n_top=6, n_random=150)
-    assert found.constrained_error < 1e-5
+    assert found.pairs.constrained_error < 1e-5
     ranked = found.node_spearman["active"]
     assert ranked["total effect"] > 0.999 and ranked["influence"] > 0.7 > ranked["activation"]
-    assert found.total.sign == 1.0 and found.total.pearson > 0.9999 > found.direct.pearson
+    assert found.pairs.total.sign == 1.0 and found.pairs.total.pearson > 0.9999 > found.pairs.direct.pearson
     assert found.perturbation.cosine_stream > 0.99 and found.perturbation.nmse_stream < 0.05
     assert found.control.sets == 150 and found.control.p < 0.01
     assert not found.mediation.flag and found.mediation.ratio_together == pytest.approx(1.0, abs=1e-4)
@@ -234,3 +236,32 @@ def test_each_edge_runs_through_the_head_that_was_planted(planted):
         found = edge_heads(replacement, graph, marker, source)
         assert found.one_hop and next(iter(found.last)) == ("vision", 1, 2)
         assert found.last["vision", 1, 2] == pytest.approx(found.edge, rel=1e-5)
+
+
+def test_influence_lies_where_the_lesion_is(planted):
+    """All that speaks for pneumonia lies in two patches: their share of influence is all, over an eighth of the area."""
+    amounts = np.zeros((1, len(planted.circuit.textures), 4, 4))
+    amounts[0, :2, 1, 2] = amounts[0, :2, 3, 0] = 0.7
+    image = planted.images(amounts)
+    _, graph = graph_of(planted, image, "pneumonia")
+    mask = np.zeros((32, 32), dtype=bool)
+    mask[8:16, 16:24] = mask[24:, :8] = True
+    found = concentration(graph, mask, planted.model)
+    assert found["influence"] == pytest.approx(8.0, abs=1e-3) and found["total effect"] == pytest.approx(8.0, abs=1e-3)
+    half = np.zeros((32, 32), dtype=bool)
+    half[8:16, 16:20] = True  # half of one of the patches
+    assert concentration(graph, half, planted.model)["influence"] == pytest.approx(8.0, abs=0.1)
+    assert concentration(graph, ~mask, planted.model)["influence"] < 1e-3
+
+
+def test_curves_fall(tmp_path):
+    """Superposition and a trained dictionary with too few latents cost the circuit; the intact model is exact."""
+    found = curves.main(["--quick", "--out", str(tmp_path)])
+    rows = {(r["curve"], r["at"]): r for r in found["rows"]}
+    intact, crowded = (rows["superposition", at] for at in (96, 16))
+    assert intact["node_auroc"] == intact["edge_auroc"] == 1.0 and intact["replacement"] == pytest.approx(1.0)
+    assert crowded["node_auroc"] < 0.97 and crowded["edge_auroc"] < 0.97
+    enough, few = (rows["trained transcoders", at] for at in (32, 8))
+    assert enough["node_auroc"] > few["node_auroc"] and enough["r2"] > 0.85 and few["missed"] > enough["missed"]
+    assert enough["replacement"] < 1.0
+    assert {p.name for p in tmp_path.iterdir()} == {"planted.json", "planted.md", "planted.png"}

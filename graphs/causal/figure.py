@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from graphs.causal.suppress import Measured, Suppression
+from graphs.causal.suppression import Measured, Suppression
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphs.graph import AttributionGraph
 from graphs.influence import edges_of, relative
+from graphs.nodes import NodeType
 
 __all__ = ["Agreement", "agreement", "spearman", "total_effects"]
 
@@ -69,7 +70,7 @@ def total_effects(graph: AttributionGraph, sources: Sequence[int]) -> Float[Tens
     for level in reversed(list(edges.levels())):
         passed = fraction[level, None] * moved[edges.source[level]]
         moved.index_add_(0, edges.target[level], passed)
-    outputs = graph.output_weights() != 0
+    outputs = graph.nodes.type == NodeType.OUTPUT
     unit = torch.where(outputs, 1.0, graph.nodes.activation.double())
     for column, source in enumerate(sources):
         moved[source, column] = 0.0

@@ -18,12 +18,14 @@ import torch
 from graphs.causal.changes import FeatureAt, features_of, scaled
 from graphs.causal.controls import matched_sets
 from graphs.causal.lab import Lab
+from graphs.causal.relations import total_effects
 from graphs.causal.sites import Mode
 from graphs.graph import AttributionGraph
+from graphs.nodes import NodeType
 from mechinterp.errors import UsageError
 from mechinterp.metrics.statistics import permutation_p
 
-__all__ = ["Measured", "Suppression", "suppress"]
+__all__ = ["Measured", "Suppression", "predicted", "suppress"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,21 @@ def suppress(
         label = getattr(getattr(output, "target", None), "name", f"output {column}")
         measured.append(_measured(label, "output", float(lab.values[column]), result.outputs[:, column]))
     return Suppression(name, len(members), factor, mode, tuple(measured), matched.relaxed, matched.unmatched)
+
+
+def predicted(graph: AttributionGraph, members: Sequence[int], n: int = 8) -> dict[str, tuple[FeatureAt, ...]]:
+    """What the graph says of a suppression: active features that should fall ("promoted") and rise ("inhibited").
+
+    The `n` expanded features with the largest total effect of the members together, of each sign.
+    """
+    effect = total_effects(graph, members).sum(1).numpy()
+    allowed = (graph.nodes.is_type(NodeType.FEATURE) & graph.expanded).numpy()
+    allowed[list(members)] = False
+    order = np.argsort(-np.where(allowed, effect, 0.0), kind="stable")
+    promoted = [i for i in order[:n].tolist() if allowed[i] and effect[i] > 0]
+    inhibited = [i for i in order[::-1][:n].tolist() if allowed[i] and effect[i] < 0]
+    found = {"promoted": features_of(graph, promoted), "inhibited": features_of(graph, inhibited)}
+    return {name: features for name, features in found.items() if features}
 
 
 def _node_name(feature: FeatureAt) -> str:
