@@ -77,12 +77,10 @@ def with_post_norms(frozen: FrozenPass) -> FrozenPass:
     blocks = []
     for block in stack.blocks:
         n_pos, d = block.mlp_out.shape
-        norms = [
-            FrozenNorm(
-                *(torch.randn(*s, generator=draw, dtype=block.mlp_out.dtype) for s in ((d,), (d,), (n_pos, 1))), c
-            )
-            for c in (True, False)
-        ]
+        norms = []
+        for centres in (True, False):
+            gain, shift, scale = (torch.randn(*s, generator=draw).to(block.mlp_out) for s in ((d,), (d,), (n_pos, 1)))
+            norms.append(FrozenNorm(gain, shift, scale, centres))
         blocks.append(
             replace(
                 block,
@@ -109,11 +107,8 @@ def rows_by_autograd(replacement: Replacement, layout: Layout) -> tuple[torch.Te
             scale = one[first] if kind == "bias" else one[first : first + len(pos), None]
             x = x.index_add(0, pos, scale * vectors)
         if stack.bridge is not None:
-            x = (
-                x
-                + stack.bridge.apply(streams[stack.bridge_from][-1][1])
-                + one[layout.bridge_bias[number]] * stack.bridge.bias
-            )
+            x = x + stack.bridge.apply(streams[stack.bridge_from][-1][1])
+            x = x + one[layout.bridge_bias[number]] * stack.bridge.bias
         kept = []
         for block in stack.blocks:
             key = (number, block.layer)
@@ -142,7 +137,8 @@ def rows_by_autograd(replacement: Replacement, layout: Layout) -> tuple[torch.Te
         mid, post = streams[readout.stack][readout.layer]
         targets.append((readout.seed * (mid if readout.point == "mid" else post)).sum()[None])
     values = torch.cat(targets)
-    rows = torch.stack([torch.autograd.grad(v, one, retain_graph=True)[0] for v in values])
+    every = torch.eye(len(values), dtype=values.dtype)
+    (rows,) = torch.autograd.grad(values, one, every, is_grads_batched=True)
     return values.detach(), rows
 
 
@@ -194,8 +190,11 @@ def test_paths_and_the_dense_step_agree_and_both_are_used(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
-@pytest.mark.parametrize("kind", ["plain", "jump", "skip", "sae", "none", "relu"])
-@pytest.mark.parametrize("name", [n for n in PASSES if n != "post norms"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in PASSES if name != "post norms" for kind in ("plain", "skip", "sae")]
+    + [("causal", "jump"), ("two towers", "none"), ("two towers", "relu"), ("bidirectional", "relu")],
+)
 def test_graphs_conserve(name, kind, dtype):
     frozen = PASSES[name](dtype)
     given = {"none": list, "relu": lambda: relu_transcoders(frozen)}.get(kind, lambda: dictionaries(frozen, kind))()
@@ -305,10 +304,8 @@ def test_dictionaries_in_the_wrong_place_are_refused():
     with pytest.raises(UsageError, match="wrong place"):
         Replacement(frozen, good, "sae")
     with pytest.raises(UsageError, match="no block 7"):
-        Replacement(
-            frozen,
-            [replace(good[0], reads=Site("text", 7, "ln2.hook_normalized"), writes=Site("text", 7, "hook_mlp_out"))],
-        )
+        sites = {"reads": Site("text", 7, "ln2.hook_normalized"), "writes": Site("text", 7, "hook_mlp_out")}
+        Replacement(frozen, [replace(good[0], **sites)])
     with pytest.raises(UsageError, match="decoder"):
         Replacement(frozen, good, direction="decoder")
     scaled = dictionaries(frozen, "plain")
