@@ -3,6 +3,8 @@
     python -m benchmarks.scorecards                                     all on phantoms (about 10 minutes on one core)
     python -m benchmarks.scorecards cxr-clip --data FOLDER              on a data folder of yours
 
+Dictionaries of the vision tower only: a null of another site needs its own texts.
+
 1. Images that no training of models or dictionaries saw (phantoms of a seed used nowhere else), split by patient.
 2. Activations at the dictionary's site; a twin model with random weights and a dictionary trained on it as one null.
 3. `saes.scorecard`: value, null, difference with a patient-bootstrap interval. Monosemanticity is judged by the
@@ -97,7 +99,7 @@ def main() -> None:
         data = open_data(folder)
         for name in args.names:
             there = bundled_folder(name)
-            for number, one in enumerate(sorted((there or Path()).glob("dictionaries/*"))):
+            for number, one in enumerate(sorted((there or Path()).glob("dictionaries/vision.*"))):
                 card(name, one, data, args.draws, Path(scratch) / f"{name}-{number}")
 
 

@@ -21,7 +21,7 @@ from saes.folder import INFO, load_sae
 from saes.metrics.recovery import reappearance
 from saes.null import untrained
 
-__all__ = ["keep_stability", "seed_stability"]
+__all__ = ["SAME", "keep_stability", "seed_stability"]
 
 SAME = 0.7  # cosine of decoder rows (Paulo and Belrose 2025, arXiv:2501.16615)
 

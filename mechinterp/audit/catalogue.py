@@ -107,8 +107,11 @@ def feature_row(
     hold on test patients; `best_attribute` and its scores are given in either case.
 
     f1 is of the rule "fires more than a threshold", the threshold chosen on train and val patients; f1_null is the mean
-    of the same with the attribute's labels shuffled, threshold chosen again.
+    of the same with the attribute's labels shuffled, threshold chosen again. seed_stability is the share of other
+    seeds' dictionaries in which the feature comes back, None where the dictionary does not say.
     """
+    from saes.stability import seed_stability
+
     name, _ = selectivity.best(feature)
     a = selectivity.names.index(name)
     values = candidates[a].values if a < len(candidates) else evidence.labels
@@ -117,6 +120,7 @@ def feature_row(
     sign = 1 if selectivity.deviation[a, feature] >= 0 else -1
     fit, held = known & ~evidence.test, known & evidence.test
     rng = np.random.default_rng([seed, feature])
+    comes_back = seed_stability(trial.placed.dictionary)
     null = [_f1_of(sign * signal, rng.permutation(values), fit, held) for _ in range(SHUFFLES)] if known.all() else []
     area = auroc(sign * signal[held], values[held]) if held.any() else float("nan")
     return {
@@ -125,7 +129,7 @@ def feature_row(
         "name": UNNAMED if not area >= NAMED else name if sign > 0 else f"not {name}",
         "name_score": area,
         "frequency": float(evidence.activity.frequency[feature]),
-        "seed_stability": None,
+        "seed_stability": None if comes_back is None else float(comes_back[feature]),
         "best_attribute": name,
         "f1": _f1_of(sign * signal, values, fit, held),
         "f1_null": float(np.mean(null)) if null else None,

@@ -14,10 +14,9 @@ from mechinterp.interventions import Tokens, effects
 from mechinterp.models import HookedVLM
 from mechinterp.types import Placed, Target
 from saes.gallery.observe import Observed, batch_of
+from saes.stability import SAME, seed_stability
 
 __all__ = ["Push", "pushes", "sample", "stability", "subgroup_rates"]
-
-SAME = 0.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +91,12 @@ def subgroup_rates(
 def stability(placed: Placed, others: Sequence[Placed]) -> Float[np.ndarray, " f"] | None:
     """In what share of other seeds' dictionaries a feature comes back: a decoder direction of cosine 0.7 or more.
 
-    The line is that of Paulo and Belrose 2025 (arXiv:2501.16615). None without other dictionaries.
+    The line is that of Paulo and Belrose 2025 (arXiv:2501.16615). Without other dictionaries, what was kept with this
+    one (`saes.stability`); None where nothing was.
     Raises UsageError for one of another site.
     """
     if not others:
-        return None
+        return seed_stability(placed.dictionary)
     mine = placed.dictionary.W_dec.detach().double()
     mine = mine / mine.norm(dim=1, keepdim=True).clamp(min=1e-12)
     found = np.zeros(len(mine))
