@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from graphs.frozen.capture import in_dtype
     from graphs.frozen.freezing import freeze
     from graphs.frozen.generative import report_of
+    from graphs.frozen.lens import from_transformer_lens
     from graphs.frozen.parts import FrozenPass
     from graphs.frozen.residuals import Residual, check, worst
 
-__all__ = ["FrozenPass", "Residual", "check", "freeze", "in_dtype", "report_of", "worst"]
+__all__ = ["FrozenPass", "Residual", "check", "freeze", "from_transformer_lens", "in_dtype", "report_of", "worst"]
 
 _HOMES = {
     "FrozenPass": "parts",
     "Residual": "residuals",
     "check": "residuals",
     "freeze": "freezing",
+    "from_transformer_lens": "lens",
     "in_dtype": "capture",
     "report_of": "generative",
     "worst": "residuals",

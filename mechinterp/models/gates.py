@@ -23,25 +23,43 @@ def _tanh_gelu(z: Tensor) -> Tensor:
 
 
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "GELUActivation": torch.special.ndtr,  # Phi(z), the normal distribution function
-    "GELU": torch.special.ndtr,
-    "GELUTanh": _tanh_gelu,
-    "NewGELUActivation": _tanh_gelu,
-    "QuickGELUActivation": lambda z: torch.sigmoid(1.702 * z),
-    "SiLUActivation": torch.sigmoid,
-    "SiLU": torch.sigmoid,
-    "ReLU": lambda z: (z > 0).to(z.dtype),
+    "gelu": torch.special.ndtr,  # Phi(z), the normal distribution function
+    "gelu_tanh": _tanh_gelu,
+    "quick_gelu": lambda z: torch.sigmoid(1.702 * z),
+    "silu": torch.sigmoid,
+    "relu": lambda z: (z > 0).to(z.dtype),
 }
+_CLASSES = {
+    "GELUActivation": "gelu",
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "ReLU": "relu",
+}
+"""Activation modules of torch and transformers, by the name of their class."""
+_NAMES = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "relu": "relu",
+}
+"""Activations by the names that configs use."""
 
 
 def gate_of(activation: Any, z: Tensor) -> Tensor:
-    """`phi(z) / z` of an activation module, by the name of its class. Raises ModelError for one that is not known."""
-    name = type(activation).__name__
+    """`phi(z) / z` of an activation module (by its class) or name. Raises ModelError for one that is not known."""
+    known, name = (_NAMES, activation) if isinstance(activation, str) else (_CLASSES, type(activation).__name__)
     if name == "GELU" and getattr(activation, "approximate", "none") == "tanh":
         return _tanh_gelu(z)
-    if name not in _GATES:
-        raise ModelError(f"no gate is known for the activation {name}", hint=f"known: {', '.join(sorted(_GATES))}")
-    return _GATES[name](z)
+    if name not in known:
+        raise ModelError(f"no gate is known for the activation {name}", hint=f"known: {', '.join(sorted(known))}")
+    return _GATES[known[name]](z)
 
 
 def activation_of(mlp: Any) -> Any:
