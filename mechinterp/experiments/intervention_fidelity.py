@@ -139,7 +139,7 @@ def specs(model: HookedVLM, size: Sizes) -> list[Spec]:
     """The dictionaries that ship with the model, and narrow ones of several kinds that are trained here.
 
     These stand where the readout begins: on the class token after the last block of a dual encoder, on its patches in
-    a generative model, whose projector reads them. For a dual encoder, also on all tokens after the block before.
+    a generative model, whose projector reads them. For a dual encoder, also on patches after the block before.
     """
     folder, last = bundled_folder(model.label), model.n_layers("vision") - 1
     found = []
@@ -151,11 +151,12 @@ def specs(model: HookedVLM, size: Sizes) -> list[Spec]:
             label = f"{_short(str(placed.reads), tokens)} {config.get('kind', '')} {placed.dictionary.W_dec.shape[0]}"
             found.append(Spec(f"{label} (ships)", str(placed.reads), tokens, path.parent))
     site, before = (f"vision.blocks.{layer}.hook_resid_post" for layer in (last, last - 1))
-    tokens = "patch" if generative(model) else "cls"
-    epochs = size.patch_epochs if tokens == "patch" else size.epochs
-    trained = [(site, tokens, _config(kind, 128 if tokens == "patch" else 64, epochs)) for kind in size.kinds]
-    if tokens == "cls":
-        trained += [(before, "all", _config(kind, 128, size.patch_epochs)) for kind in size.patch_kinds]
+    trained: list[tuple[str, Tokens, SAEConfig]]
+    if generative(model):
+        trained = [(site, "patch", _config(kind, 128, size.patch_epochs)) for kind in size.kinds]
+    else:
+        trained = [(site, "cls", _config(kind, 64, size.epochs)) for kind in size.kinds]
+        trained += [(before, "patch", _config(kind, 128, size.patch_epochs)) for kind in size.patch_kinds]
     return found + [Spec(f"{_short(s, t)} {c.kind} {c.width}", s, t, config=c) for s, t, c in trained]
 
 
