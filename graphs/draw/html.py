@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from graphs.draw.png import caption, title_of
-from graphs.draw.scene import Names, feature_names, feeds_of, grid_of, make_scene, patch_of
+from graphs.draw.scene import Names, feature_names, feeds_of, grid_of, make_scene, patch_of, quoted
 from graphs.influence import edges_of, influence, output_weights, shares, total_effect
 from graphs.nodes import NodeType
 from graphs.supernodes import Supernodes
@@ -34,7 +34,7 @@ Gallery = Mapping[str, Sequence[tuple[bytes, str]]]
 TEMPLATE = Path(__file__).parent / "templates" / "graph.html.j2"
 START = 90
 """Share of the features' influence that the page shows first, in per cent; less where that is too much to read."""
-READABLE = 60
+READABLE = 45
 SHOTS = 9
 
 
@@ -68,7 +68,7 @@ def page_of(
     from markupsafe import Markup
 
     grid = grid_of(graph)
-    scene = make_scene(graph, names, supernodes, most=len(graph.nodes))
+    scene = make_scene(graph, names, supernodes, most=len(graph.nodes), most_lines=graph.n_edges)
     nodes = _nodes(graph, names)
     model = graph.meta.get("model") or {}
     data = {
@@ -111,7 +111,7 @@ def _nodes(graph: AttributionGraph, names: Names | None) -> list[dict[str, Any]]
     made = []
     for i, share in enumerate(reach.tolist()):
         node = table[i]
-        place = node.label.rpartition(" at ")[2] if " at " in node.label else ""
+        place = quoted(node.label.rpartition(" at ")[2]) if " at " in node.label else ""
         spot = patch_of(node.label)
         tower = node.tower.partition(".")[0]
         given = named.get((tower, node.layer, node.feature)) if node.type == NodeType.FEATURE else None

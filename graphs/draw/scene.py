@@ -36,6 +36,7 @@ __all__ = [
     "grid_of",
     "make_scene",
     "patch_of",
+    "quoted",
 ]
 
 QUIET = (NodeType.ERROR, NodeType.BIAS, NodeType.POSITION, NodeType.CLS)
@@ -182,6 +183,11 @@ def patch_of(label: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def quoted(place: str) -> str:
+    """A word as a word, the class token as it is."""
+    return place if place == "CLS" else f"“{place}”"
+
+
 def certificate(graph: AttributionGraph) -> dict[str, Any]:
     """What is printed on every picture: how exactly rows add up, the scores, and what was pruned."""
     pre = graph.nodes.pre[graph.targets].double()
@@ -236,7 +242,7 @@ def _box(graph: AttributionGraph, key: tuple, members: list[int], reach, effect,
         if where:
             patches[where] = patches.get(where, 0.0) + abs(float(nodes.activation[i]))
         elif kind == NodeType.FEATURE:
-            places.append(at)
+            places.append(quoted(at))
     name, detail = nodes.labels[first], ""
     if kind == NodeType.FEATURE:
         given = named.get((tower.partition(".")[0], layer, feature))

@@ -101,7 +101,7 @@
     });
     const open = lines.filter((l) => l.a.shown && l.b.shown);
     const drawn = new Set(flow >= 1 ? open : share(open, (l) => l.score, flow));
-    state.chosen.forEach((key) => open.forEach((l) => { if (l.a.key === key || l.b.key === key) drawn.add(l); }));
+    state.chosen.forEach((key) => ["a", "b"].forEach((end) => open.filter((l) => l[end].key === key).slice(0, 16).forEach((l) => drawn.add(l))));
     lines.forEach((l) => { l.shown = drawn.has(l); });
     const shown = free.filter((u) => u.shown).length;
     byId("count").textContent = shown + " of " + free.length + " features, " + drawn.size + " of " + lines.length + " edges";
