@@ -134,6 +134,24 @@ def _questions(command: Command) -> None:
     sub.add_argument("--against", metavar="TEXT", help="the prompt (or answer) to contrast with")
     sub.add_argument("--method", required=True, metavar="NAME", help="integrated_gradients, grad_cam or occlusion")
 
+    sub = command(
+        "graph",
+        _graph,
+        "from patches and words through features to a score: the attribution graph of one image",
+        "graph cxr-clip --image a.png --target pneumonia --out graph",
+    )
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--image", type=Path, required=True, metavar="FILE")
+    sub.add_argument("--target", required=True, metavar="TEXT", help="a finding, a prompt, or a question")
+    sub.add_argument("--against", metavar="TEXT", help="the prompt to contrast with")
+    sub.add_argument("--data", metavar="DATA", help="what transcoders are trained on where none are stored")
+    sub.add_argument(
+        "--max-features", type=int, metavar="N", help="expand the N most influential features (default all)"
+    )
+    sub.add_argument("--node", type=float, default=0.8, help="share of influence that the picture keeps (default 0.8)")
+    sub.add_argument("--edge", type=float, default=0.98, help="the same for edges (default 0.98)")
+    sub.add_argument("--causal", action="store_true", help="also test the graph by interventions on the model (slower)")
+
     sub = command("doctor", _doctor, "does this model hook, restore, freeze and score as it should?", "doctor my-model")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA")
@@ -292,6 +310,20 @@ def _explain(args: argparse.Namespace) -> None:
     attribution = METHODS[args.method](model, batch, target)
     save_map(attribution[0], pixels[0], out, title=f"{args.method}: {args.target}")
     print(f"map: {out / 'map.png'} ({check_map(attribution[0])})")
+
+
+def _graph(args: argparse.Namespace) -> None:
+    from mechinterp.audit.dictionary import train_transcoders, transcoders_of
+    from mechinterp.audit.graphing import graph_of, target_of, write_graph
+    from mechinterp.data import load_image
+
+    out, pixels = _out(args), load_image(args.image)
+    model = _load(args.model)
+    target = target_of(model, args.target, args.against)
+    transcoders = transcoders_of(model) or train_transcoders(model, _open(args.data, args.seed), args.seed)
+    made = graph_of(model, pixels, target, transcoders, args.image.name, args.max_features, args.node, args.edge)
+    print(write_graph(made, out, causal=args.causal, seed=args.seed))
+    print(f"picture: {out / 'graph.png'}, page: {(out / 'graph.html').resolve()}")
 
 
 def _doctor(args: argparse.Namespace) -> None:

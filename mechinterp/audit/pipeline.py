@@ -5,7 +5,8 @@
 3. Choose each attribute's features on train and val patients; everything after uses test patients.
 4. Sweep the effect of every live feature; remove each attribute's features together; compare with random sets.
 5. Correct for the number of candidates, measure harm, rule.
-6. Drivers, feature cards, galleries, failures; on a phantom the truth; the margin, where unnamed marks stand.
+6. Drivers, feature cards, galleries, failures; on a phantom the truth; the margin, where unnamed marks stand; how the
+   model got to its score on a few images, as attribution graphs tested by ablation.
 7. Write.
 """
 
@@ -28,6 +29,7 @@ from mechinterp.audit.drivers import find_drivers, judge
 from mechinterp.audit.evidence import Evidence, collect, prepare
 from mechinterp.audit.failures import failures
 from mechinterp.audit.features import Selectivity, measure_selectivity
+from mechinterp.audit.graphing import graph_section
 from mechinterp.audit.margin import margin_evidence
 from mechinterp.audit.performance import performance_rows
 from mechinterp.audit.questions import power_of, questions
@@ -124,7 +126,8 @@ def audit(
         "performance": performance_rows(evidence, list(data.attributes), bootstrap, settings),
     }
     driver_rows, cards, heats = _features(cases, trial, data, evidence, selectivity, settings, seed)
-    record |= {"shortcuts": rows + driver_rows, "features": cards, "graph": None, "explainers": []}
+    graph, picture = graph_section(model, data, asked, evidence, seed)
+    record |= {"shortcuts": rows + driver_rows, "features": cards, "graph": graph, "explainers": []}
     record["failures"] = failures(trial, data, evidence, cases)
     record["power"] = power_of(rows, settings)
     record["truth"] = measure_truth(model, data, asked, evidence, rows, settings, seed)
@@ -133,7 +136,7 @@ def audit(
     record["questions"] = questions(record, settings)
     record["versions"] = _versions()
     record = _rounded(record) | {"seconds": round(time.perf_counter() - started, 2)}
-    folder = write_report(Path(out), record, data, heats)
+    folder = write_report(Path(out), record, data, heats, picture)
     return AuditResult(record, folder)
 
 

@@ -26,9 +26,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 SIDE = 168
 
 
-def write_report(out: Path, record: dict[str, Any], data: ImageData, heats: dict[str, Heat]) -> Path:
-    """Write everything below `out`; returns it."""
+def write_report(
+    out: Path, record: dict[str, Any], data: ImageData, heats: dict[str, Heat], graph: bytes | None = None
+) -> Path:
+    """Write everything below `out`; returns it. `graph` is the picture of the graph section."""
     figures = {
+        "graph": graph,
         "shortcuts": forest(record["shortcuts"], record["truth"], record["settings"]["effect_line"]),
         "performance": performance_plot(record["performance"]),
     }

@@ -30,9 +30,11 @@ def untested(record: dict[str, Any], data: ImageData) -> list[dict[str, str]]:
     if not data.may_show.all():
         hidden = int((~data.may_show).sum())
         entries.append({"what": f"pictures of {hidden} images", "why": "burned-in text is not excluded; withheld"})
+    if not any(feature["seed_stability"] is not None for feature in record["features"]):
+        entries.append({"what": "seed stability of features", "why": "no other seed of the dictionary was trained"})
+    if record["graph"] is None:
+        entries.append({"what": "attribution graph", "why": "no transcoder is stored for this model's MLPs"})
     entries += [
-        {"what": "seed stability of features", "why": "one dictionary was used; a second seed was not trained"},
-        {"what": "attribution graph", "why": "not part of this audit yet"},
         {"what": "quality of saliency maps (explainers)", "why": "not part of this audit yet"},
         {"what": "calibration and a fixed operating point", "why": "the score is not a probability"},
         {"what": "other targets of the data", "why": "one audit asks one target; run it again with --target"},

@@ -1,0 +1,217 @@
+"""The attribution graph of an image: for `mechinterp graph`, and for the graph section of an audit."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from mechinterp.audit.dictionary import transcoders_of
+from mechinterp.audit.feature_names import stored_names
+from mechinterp.data.phantom import FACTORS
+from mechinterp.data.phantom.language import prompts
+from mechinterp.errors import UsageError
+from mechinterp.models import HookedVLM
+from mechinterp.models.bundles import bundled_folder
+from mechinterp.models.tables import Dual, Features
+from mechinterp.types import ImageTextBatch, Placed, Target
+
+if TYPE_CHECKING:
+    from graphs.graph import AttributionGraph
+    from graphs.targets import Output
+    from mechinterp.audit.evidence import Evidence
+    from mechinterp.data import ImageData
+
+__all__ = ["ImageGraph", "graph_of", "graph_section", "output_of", "seen_by", "target_of", "write_graph"]
+
+EFFECTS = 100  # features ablated, for each image of an audit
+IMAGES = 3
+BOXES = 40  # features drawn in the report
+PHRASE = 4  # words; what is longer is taken as a prompt of its own
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGraph:
+    """The graph of one image, whole and pruned, and what is needed to intervene on it."""
+
+    model: HookedVLM
+    batch: ImageTextBatch
+    target: Target
+    transcoders: Sequence[Placed]
+    frozen: Any
+    whole: AttributionGraph
+    pruned: AttributionGraph
+    image: Float[np.ndarray, "height width"]
+
+
+def graph_of(
+    model: HookedVLM,
+    pixels: Float[np.ndarray, "height width"],
+    target: Target,
+    transcoders: Sequence[Placed],
+    name: str = "image",
+    max_features: int | None = None,
+    node: float = 0.8,
+    edge: float = 0.98,
+) -> ImageGraph:
+    """Trace `target` on one image.
+
+    Args:
+        pixels: grey, in [0, 1], as read.
+        transcoders: of the model's MLPs; blocks without one have only errors.
+        name: of the image, in the graph's record.
+        max_features: budget of features whose causes are computed, best first; default all.
+        node, edge: shares of the influence that pruning keeps.
+
+    Raises UsageError for a model that scores nothing, CertificateError when the graph does not add up.
+    """
+    from graphs.build import build_graph
+    from graphs.frozen import freeze
+    from graphs.prune import prune
+
+    if isinstance(model.table.head, Features):
+        raise UsageError(f"a {model.family} model scores nothing", where="graph", hint="trace a feature from Python")
+    batch = model.prepare(pixels[None], [target], ids=(name,))
+    frozen = freeze(model, batch, [output_of(model, target)])
+    whole = build_graph(frozen, transcoders, max_features=max_features)
+    pruned, image = prune(whole, node, edge), seen_by(model, batch)
+    return ImageGraph(model, batch, target, transcoders, frozen, whole, pruned, image)
+
+
+def output_of(model: HookedVLM, target: Target) -> Output:
+    """The output that `model.score` reads for a target: its contrast, or a similarity with one caption alone."""
+    from graphs.targets import Contrast, Similarity
+
+    alone = isinstance(model.table.head, Dual) and target.negative is None
+    return Similarity(target) if alone else Contrast(target)
+
+
+def seen_by(model: HookedVLM, batch: ImageTextBatch) -> Float[np.ndarray, "height width"]:
+    """The first image of a batch as the model sees it: cropped, grey, in [0, 1]."""
+    processor = model.image_processor
+    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (processor.mean, processor.std))
+    grey = (batch.pixel_values[0].float().cpu() * std + mean).mean(0)
+    return grey.clamp(0, 1).numpy()
+
+
+def target_of(model: HookedVLM, text: str, against: str | None = None) -> Target:
+    """What a user means by `--target TEXT [--against TEXT]`.
+
+    With `against`, both texts stand as they are. Alone, a phrase of up to four words is a finding, asked in the words
+    that the bundled models were taught: "a chest x-ray with X" against "a chest x-ray without X", or "is there X ?".
+    A longer text stands as it is; one with a question mark is the question.
+    """
+    if against is not None or "?" in text or len(text.split()) > PHRASE:
+        return Target(text, text, against, question=text if "?" in text else None)
+    if text in FACTORS and bundled_folder(model.label) is not None and not model.label.startswith("cxr"):
+        return Target(text, *prompts(text))
+    return Target(text, f"a chest x-ray with {text}", f"a chest x-ray without {text}", f"is there {text} ?")
+
+
+def graph_section(
+    model: HookedVLM, data: ImageData, target: Target, evidence: Evidence, seed: int
+) -> tuple[dict[str, Any] | None, bytes | None]:
+    """The record and the picture for an audit: graphs of the test images with the target that score highest.
+
+    The record describes the first image's graph; `free_spearman` is the median over `IMAGES` images of the rank
+    correlation of influence with what ablating a feature does to the score, nothing held. (None, None) where no
+    transcoder is stored, or the model scores nothing.
+    """
+    from graphs.causal.report import node_effects
+
+    from graphs.causal.lab import Lab
+    from graphs.draw.png import figure_of
+
+    transcoders = transcoders_of(model)
+    chosen = _rows(evidence, data)
+    if not transcoders or not chosen or isinstance(model.table.head, Features):
+        return None, None
+    made, shown = [], None
+    for place, row in enumerate(chosen):
+        graph = graph_of(model, data.pixels([row])[0], target, transcoders, name=data.images[row])
+        lab = Lab(model, graph.batch, transcoders, [output_of(model, target)], graph.frozen)
+        found, sizes = node_effects(lab, graph.whole, EFFECTS, seed)
+        made.append(_numbers(graph, found["active"], sizes["active"]))
+        shown = graph if place == 0 else shown
+    assert shown is not None
+    first = made[0]
+    values = [row["free_spearman"] for row in made if row["free_spearman"] is not None]
+    record = {
+        **first,
+        "free_spearman": float(np.median(values)) if values else None,
+        "effects": EFFECTS,
+        "anchor_spearman": 0.72,
+        "images": made,
+    }
+    figure = figure_of(shown.pruned, shown.image, stored_names(model), most=BOXES).figure
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None}, facecolor="white")
+    return record, picture.getvalue()
+
+
+def _rows(evidence: Evidence, data: ImageData) -> list[int]:
+    """Images of test patients with the target, the highest scores first, one a patient, that may be shown."""
+    order = np.argsort(-evidence.score, kind="stable")
+    rows: list[int] = []
+    patients: set[str] = set()
+    for i in order:
+        row, patient = int(evidence.rows[i]), str(evidence.patients[i])
+        if evidence.test[i] and evidence.labels[i] == 1 and data.may_show[row] and patient not in patients:
+            rows.append(row)
+            patients.add(patient)
+        if len(rows) == IMAGES:
+            break
+    return rows
+
+
+def _numbers(graph: ImageGraph, spearman: dict[str, float], effects: int) -> dict[str, Any]:
+    """One image's row."""
+    scores = graph.pruned.meta["scores"]
+    ends = scores["influence_by_type"]
+    value = spearman["influence"]
+    return {
+        "image": graph.batch.ids[0],
+        "nodes": len(graph.pruned.nodes),
+        "edges": graph.pruned.n_edges,
+        "nodes_before_pruning": len(graph.whole.nodes),
+        "edges_before_pruning": graph.whole.n_edges,
+        "completeness": scores["completeness"],
+        "completeness_counting_inputs": scores["completeness_circuit_tracer"],
+        "replacement": scores["replacement"],
+        "error_share": ends["error"],
+        "max_relative_residual": graph.whole.meta["max_relative_residual"],
+        "free_spearman": value if np.isfinite(value) else None,
+        "free_spearman_activation": spearman["activation"],
+        "free_spearman_gradient": spearman["gradient x activation"],
+        "ablated": effects,
+    }
+
+
+def write_graph(made: ImageGraph, out: Path, causal: bool = False, seed: int = 0) -> str:
+    """Write the graph folder; returns a few lines to print.
+
+    Args:
+        causal: test the graph by interventions too, and write causal.json and suppress.png.
+        seed: of the random controls.
+    """
+    from graphs.export.folder import write_folder
+
+    names = stored_names(made.model)
+    write_folder(made.whole, made.pruned, made.image, out, names=names)
+    scores, most = made.pruned.meta["scores"], made.whole.meta["max_relative_residual"]
+    values = ", ".join(f"{o.name} {o.value:+.3f}" for o in made.pruned.outputs)
+    return "\n".join(
+        [
+            f"{made.model.label} on {made.batch.ids[0]}: {values}",
+            f"  {len(made.whole.nodes)} nodes, {made.whole.n_edges} edges; pruned to {len(made.pruned.nodes)} and "
+            f"{made.pruned.n_edges}",
+            f"  every row adds up to {most:.1e}; completeness {scores['completeness']:.3f} (counting inputs "
+            f"{scores['completeness_circuit_tracer']:.3f}), replacement {scores['replacement']:.3f}",
+        ]
+    )
