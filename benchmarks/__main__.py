@@ -11,6 +11,7 @@ from benchmarks.common import RESULTS, save, table
 BENCHMARKS = {
     "effects": "bench_effects",
     "extraction": "bench_extraction",
+    "graph": "bench_graph",
     "memory": "bench_memory",
     "sae": "bench_sae",
 }

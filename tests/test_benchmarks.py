@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks import graph_compare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,3 +25,58 @@ def test_a_quick_benchmark_writes_its_rows(name, tmp_path):
     for row in written["rows"]:
         assert {"case", "ours", "peer", "peer_name", "unit", "ratio", "equal_to"} <= set(row)
         assert row["ours"] > 0 and row["peer"] > 0 and row["ratio"] > 0
+
+
+def test_the_graph_benchmark_without_its_peer_says_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("MECHINTERP_GRAPH_PEER_PYTHON", raising=False)
+    command = [sys.executable, "-m", "benchmarks", "graph", "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "circuit-tracer skipped, MECHINTERP_GRAPH_PEER_PYTHON is not set" in run.stdout
+    rows = json.loads((tmp_path / "graph.json").read_text())["rows"]
+    assert rows and not any("circuit-tracer" in row["peer_name"] for row in rows)
+    assert {row["case"].split()[-1] for row in rows} == {"positions", "layers", "features", "targets"}
+    assert all(row["ours"] > 0 and row["ratio"] > 0 for row in rows)
+
+
+def _edges(rows, columns, features):
+    """A graph of one output and features of one layer, in the form of `benchmarks.graph_compare`."""
+    n = len(rows)
+    return {
+        "rows": torch.tensor(rows),
+        "columns": torch.tensor(columns),
+        "features": torch.tensor(features),
+        "errors": torch.zeros(n, 4),
+        "tokens": torch.zeros(n, 2),
+        "total": torch.tensor(features).abs().sum(1),
+        "shares": torch.ones(1),
+    }
+
+
+def test_graphs_are_compared_by_name_and_not_by_order():
+    names = [[0, 1, 7], [1, 1, 3]]
+    one = _edges([*names, [2, 1, 0]], names, [[0.0, 0.0], [2.0, 0.0], [1.0, 3.0]])
+    other = _edges([[2, 1, 0], *names[::-1]], names[::-1], [[3.5, 1.0], [0.0, 2.0], [0.0, 0.0]])
+    assert graph_compare.difference(one, other) == 0.5
+    other["tokens"][0, 0] = 0.75
+    assert graph_compare.difference(one, other) == 0.75
+    other["errors"][0, 2] = 9.0  # at the first position, where the peer has no error
+    assert graph_compare.difference(one, other) == 0.75
+    other["errors"][0, 3] = 2.0
+    assert graph_compare.difference(one, other) == 2.0
+
+
+def test_graphs_that_share_little_are_not_called_equal():
+    one = _edges([[0, 1, 7], [1, 1, 0]], [[0, 1, 7]], [[0.0], [1.0]])
+    other = _edges([[0, 1, 8], [1, 1, 1]], [[0, 1, 8]], [[0.0], [1.0]])
+    with pytest.raises(AssertionError, match="0 of 2 rows"):
+        graph_compare.difference(one, other)
+
+
+def test_captured_influence_counts_paths_through_features():
+    names = [[0, 1, 7], [0, 1, 8], [1, 1, 3]]
+    weights = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [4.0, 0.0, 0.0], [1.0, 1.0, 2.0]]
+    full = _edges([*names, [2, 1, 0]], names, weights)
+    assert graph_compare.influence(full) == {(0, 1, 7): 0.75, (0, 1, 8): 0.25, (1, 1, 3): 0.5}
+    found = {"rows": torch.tensor([names[0], names[1], [2, 1, 0]])}
+    assert graph_compare.captured(found, full) == pytest.approx(1 / 1.25)
