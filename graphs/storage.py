@@ -78,7 +78,10 @@ def load_graph(folder: Path) -> AttributionGraph:
 
 def _described(graph: AttributionGraph) -> dict[str, Any]:
     """`graph.json`: the fields of the interface first, then what a round trip needs."""
+    from graphs.scores import scores  # not needed to read a folder
+
     nodes = graph.nodes
+    found = scores(graph)
     rows = zip(
         nodes.ids,
         nodes.labels,
@@ -95,8 +98,8 @@ def _described(graph: AttributionGraph) -> dict[str, Any]:
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "max_relative_residual": graph.meta.get("max_relative_residual"),
-        "completeness": graph.meta.get("completeness"),
-        "replacement": graph.meta.get("replacement"),
+        "completeness": graph.meta.get("completeness", found.completeness),
+        "replacement": graph.meta.get("replacement", found.replacement),
         "freezes": graph.meta.get("freezes", []),
         "towers": list(nodes.towers),
         "outputs": [
