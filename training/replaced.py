@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.activations import ActivationStore
@@ -23,7 +24,10 @@ IMAGES, BATCH = 300, 50
 
 @dataclass(frozen=True)
 class Line:
-    """One transcoder on test rows: R2 of all and by kind of token, explained share, L0, dead, R2 of the untrained."""
+    """One transcoder on held-out rows: R2 of all and by kind of token, explained share, L0, dead, and what is no news.
+
+    `linear` is the R2 of the least-squares line from what the MLP reads to what it writes, fitted on training rows.
+    """
 
     site: str
     width: int
@@ -32,27 +36,31 @@ class Line:
     by_kind: dict[str, float]
     explained: float
     dead: float
+    linear: float
     untrained: float
 
-    head: ClassVar[str] = "| MLP | width | L0 | R2 | R2 by kind of token | explained | dead | R2 untrained |"
+    head: ClassVar[str] = (
+        "| MLP | width | L0 | R2 | R2 by kind of token | explained | dead | R2 linear | R2 untrained |"
+    )
 
     def row(self) -> str:
         """As a line of a Markdown table."""
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in self.by_kind.items())
-        shown = (self.r2, kinds, self.explained, self.dead, self.untrained)
+        shown = (self.r2, kinds, self.explained, self.dead, self.linear, self.untrained)
         cells = [cell if isinstance(cell, str) else f"{cell:.3f}" for cell in shown]
         return "| " + " | ".join([self.site, str(self.width), f"{self.k:.1f}", *cells]) + " |"
 
 
 @torch.no_grad()
-def measure(placed: Placed, store: ActivationStore) -> Line:
-    """Measure on the test patients of a store."""
-    rows, kinds = store.rows(placed.reads, "test"), store.index_of(placed.reads)["kind"].to_numpy()
+def measure(placed: Placed, store: ActivationStore, split: str = "test") -> Line:
+    """Measure on the patients of a split."""
+    rows, kinds = store.rows(placed.reads, split), store.index_of(placed.reads)["kind"].to_numpy()
     y = store.site(placed.writes)[rows]
     y_hat = torch.cat(
         [placed.dictionary.decode(placed.dictionary.encode(x)) for x in store.site(placed.reads).chunks(rows)]
     )
-    whole = evaluate(placed, store, "test")
+    whole, fit = evaluate(placed, store, split), store.rows(placed.reads, "train")
+    line = linear(store.site(placed.reads)[fit], store.site(placed.writes)[fit])
     return Line(
         site=str(placed.writes).removesuffix(".hook_mlp_out"),
         width=placed.dictionary.W_dec.shape[0],
@@ -61,8 +69,16 @@ def measure(placed: Placed, store: ActivationStore) -> Line:
         by_kind={kind: r2(y[of], y_hat[of]) for kind in np.unique(kinds[rows]) for of in [kinds[rows] == kind]},
         explained=1 - ((y - y_hat).double().square().sum() / y.double().square().sum()).item(),
         dead=whole.dead,
+        linear=r2(y, line(store.site(placed.reads)[rows])),
         untrained=placed.dictionary.info["metrics_untrained"]["r2"],  # type: ignore[attr-defined]
     )
+
+
+def linear(x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]) -> Callable[[Tensor], Tensor]:
+    """The least-squares line from x to y, with an intercept; float64."""
+    mean_x, mean_y = x.double().mean(0), y.double().mean(0)
+    weights = torch.linalg.lstsq(x.double() - mean_x, y.double() - mean_y).solution
+    return lambda new: (new.double() - mean_x) @ weights + mean_y
 
 
 @contextmanager

@@ -3,6 +3,7 @@
     python training/transcoders.py MODEL                        (about 5 minutes on one core)
     python training/transcoders.py cxr-clip --data FOLDER --longer 5
     python training/transcoders.py MODEL --measure-only         (measure again what is stored, and print it)
+    python training/transcoders.py MODEL --sweep vision.3       (one block, several widths and k; validation)
 
 1. Extract what every MLP reads (normalised) and writes, at every token: patches, class token, words. Phantoms of a seed
    that trained no model, or the patients of a data folder. Each image has one text beside it (`texts_of`).
@@ -34,7 +35,7 @@ from mechinterp.models import HookedVLM
 from mechinterp.storage import write_manifest
 from mechinterp.types import Target
 from saes import TranscoderConfig, load_sae
-from saes.train import train_transcoder
+from saes.train import Run, train_together, train_transcoder
 
 SEED_OF_IMAGES = 2_000_003
 QUESTIONS = 0.75  # of the texts that a generative model is given are questions, the rest reports
@@ -114,7 +115,8 @@ def sections(model: HookedVLM, lines: list[Line], total: Whole, command: str, se
             *(line.row() for line in lines),
             "",
             "R2 is of what the MLP writes, about its mean; *explained* is of what it writes, the mean included: "
-            "1 - sum |error|^2 / sum |output|^2. Dead: share of latents that fire on no test token.",
+            "1 - sum |error|^2 / sum |output|^2. Dead: share of latents that fire on no test token. Linear: the "
+            "best line from what the MLP reads to what it writes.",
             note,
             total.text(),
             "",
@@ -140,6 +142,20 @@ def stores_of(model: HookedVLM, data: ImageData, texts: list[str], scratch: Path
     }
 
 
+def sweep(store: ActivationStore, reads: str, writes: str, base: TranscoderConfig, seed: int, scratch: Path) -> None:
+    """Print a line for each width and k at one block, and for the chosen ones without repeated tokens."""
+    configs = [replace(base, width=width, k=k) for width in (256, 512, 1024) for k in (8, 16, 32)]
+    configs.append(replace(base, least_share=0.0))
+    runs = [
+        Run(store, reads, writes, config, scratch / f"sweep-{number}", seed, "all", "cpu")
+        for number, config in enumerate(configs)
+    ]
+    train_together(runs[:-1])
+    train_together(runs[-1:])
+    for run in runs:
+        print(f"least share {run.config.least_share}", measure(load_sae(run.folder), store, "val").row(), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -148,6 +164,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longer", type=int, default=1, help="times as many epochs, where there are few images")
     parser.add_argument("--measure-only", action="store_true")
+    parser.add_argument("--sweep", metavar="TOWER.BLOCK")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, out = HookedVLM.from_pretrained(args.model), BUNDLED / args.model
@@ -159,6 +176,10 @@ def main() -> None:
         data = open_data(args.data or scratch / "phantom")
         of = data.name if phantom is None else f"{len(data)} phantoms drawn without association"
         stores = stores_of(model, data, texts_of(model, data, phantom, args.seed), scratch)
+        if args.sweep:
+            tower, block = args.sweep.split(".")
+            sweep(stores[tower], *pairs(model, tower)[int(block)], config_of(model, tower), args.seed, scratch)
+            return
         lines = []
         for tower, store in stores.items():
             for reads, writes in pairs(model, tower):
