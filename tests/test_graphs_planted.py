@@ -239,7 +239,7 @@ def test_each_edge_runs_through_the_head_that_was_planted(planted):
 
 
 def test_influence_lies_where_the_lesion_is(planted):
-    """All that speaks for pneumonia lies in two patches: their share of influence is all, over an eighth of the area."""
+    """All that speaks for pneumonia lies in two patches: all of the influence, an eighth of the area."""
     amounts = np.zeros((1, len(planted.circuit.textures), 4, 4))
     amounts[0, :2, 1, 2] = amounts[0, :2, 3, 0] = 0.7
     image = planted.images(amounts)

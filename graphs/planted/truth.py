@@ -95,7 +95,9 @@ class _Forward:
         for patch in range(GRID * GRID):
             content = dict(zip(self.circuit.textures, flat[:, patch], strict=True))
             found.append((node_id(NodeType.PATCH, "vision", pos=patch + 1), patch + 1, self.vector(content)))
-            found.append((node_id(NodeType.POSITION, "vision", pos=patch + 1), patch + 1, self.vector({"is patch": 1})))
+            found.append(
+                (node_id(NodeType.POSITION, "vision", pos=patch + 1), patch + 1, self.vector({"is patch": 1.0}))
+            )
         return found
 
     def run(self, amounts: Float[np.ndarray, "texture row column"], target: str) -> Truth:
