@@ -10,7 +10,7 @@
    what they are without the factor (how much the dictionary carries at all).
 
 Generative models are asked all questions in one pass behind one copy of the image, on fewer images; the table says how
-many. About 15 minutes on one core.
+many. Estimated from its parts, 10 to 15 minutes of one core.
 """
 
 from __future__ import annotations
