@@ -78,7 +78,7 @@ def _data_and_models(command: Command) -> None:
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA", required=True)
     sub.add_argument("--site", action="append", required=True, metavar="SITE", help="hook name; may be repeated")
-    sub.add_argument("--tokens", default="all", choices=["all", "patch", "cls", "pooled"])
+    sub.add_argument("--tokens", default="all", choices=["all", "patch", "cls", "text", "pooled"])
 
 
 def _dictionaries(command: Command) -> None:
@@ -95,7 +95,7 @@ def _dictionaries(command: Command) -> None:
     sub.add_argument("--k", type=_numbers, default=[16], help="active latents per token (default 16), or several: A,B")
     sub.add_argument("--penalty", type=float, help="of jumprelu (then without --k) and gated: weight of the sparsity")
     sub.add_argument("--epochs", type=int, default=None, help="passes over the store")
-    sub.add_argument("--tokens", choices=["patch", "cls", "pooled", "text"], help="rows of this kind only")
+    sub.add_argument("--tokens", choices=["all", "patch", "cls", "pooled", "text"], help="rows of this kind only")
 
     sub = command("import", _import, "read somebody's dictionary", "import their_sae --site S --out sae")
     sub.add_argument("source", type=Path, metavar="FOLDER", help="sae-lens, dictionary_learning or saev; or one file")
@@ -209,9 +209,12 @@ def _audit(args: argparse.Namespace) -> None:
 
 def _extract(args: argparse.Namespace) -> None:
     from mechinterp.activations import extract
+    from mechinterp.audit.dictionary import texts_beside
 
     model, data = _load(args.model), _open(args.data, args.seed)
-    store = extract(model, data, sites=args.site, out=_out(args), tokens=args.tokens, seed=args.seed)
+    reads_text = any(site.startswith("text.") for site in args.site)
+    texts = texts_beside(model, data, args.seed) if reads_text else None
+    store = extract(model, data, sites=args.site, out=_out(args), tokens=args.tokens, seed=args.seed, texts=texts)
     print(f"store: {store.folder}")
 
 
