@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from pretend_device import DEVICE, PretendDevice
@@ -19,6 +20,7 @@ from saes.engine import select
 from saes.engine.codes import DenseCodes, SparseCodes
 from saes.engine.gates import gated, jumprelu
 from saes.engine.inference import inference
+from saes.engine.product import product
 from saes.engine.select import Encoder
 from saes.engine.step import gradients
 from saes.engine.trainer import Trainer
@@ -158,6 +160,24 @@ def test_choice_is_that_of_torch_topk(width, k, block, monkeypatch):
             torch.testing.assert_close(dense, wanted, rtol=1e-4, atol=1e-4)
             assert ((dense > 0) == (wanted > 0)).all()
             assert (codes.row.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("openblas", [True, False])
+def test_either_library_makes_the_same_product(openblas, monkeypatch):
+    asked = []
+    monkeypatch.setattr("saes.engine.product._openblas_is_faster", lambda: openblas)
+    monkeypatch.setattr("numpy.matmul", lambda *a, matmul=np.matmul, **b: asked.append(1) or matmul(*a, **b))
+    torch.manual_seed(0)
+    x, W, threads = torch.randn(9, 7), torch.randn(30, 7), torch.get_num_threads()
+    x[2, 3] = torch.nan
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            found = product(x, W, torch.empty(20, 30)[:9])
+        finally:
+            torch.set_num_threads(threads)
+        torch.testing.assert_close(found, x @ W.T, equal_nan=True)
+    assert len(asked) == openblas  # with one thread only
 
 
 def test_few_positive_entries_and_ties():

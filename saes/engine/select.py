@@ -21,6 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from saes.engine.codes import SparseCodes
+from saes.engine.product import product
 
 __all__ = ["Encoder"]
 
@@ -51,10 +52,13 @@ class Encoder:
         k: int,
     ) -> tuple[SparseCodes, Float[Tensor, " code"]]:
         """The `k` largest entries of each row of `(x @ W.T + b) * gain` and their values, those that are positive."""
-        if self._scaled.shape != W.shape or self._scaled.device != W.device:
-            self._scaled = torch.empty_like(W)
-        W = torch.mul(W, gain[:, None], out=self._scaled)
-        found = [_row_topk(block, k) for _, block in self._blocks(x, W, b * gain)]
+        width, d = W.shape
+        if self._scaled.shape != (width, d + 1) or self._scaled.device != W.device:
+            self._scaled = W.new_empty(width, d + 1)
+        torch.mul(W, gain[:, None], out=self._scaled[:, :d])
+        torch.mul(b, gain, out=self._scaled[:, d])  # a column of ones in x takes b along in the product
+        x, W = torch.cat([x, x.new_ones(len(x), 1)], dim=1), self._scaled
+        found = [_row_topk(block, k) for _, block in self._blocks(x, W)]
         firsts = torch.arange(len(found)) * _rows_of_block(x, len(W))
         row = torch.cat([row + first for (row, _, _), first in zip(found, firsts.tolist(), strict=True)])
         latent, value = torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
@@ -130,17 +134,14 @@ class Encoder:
         row, latent = _unravel(torch.cat(flats), len(x), len(W))
         return row, latent, torch.cat(values).add_(b[latent])
 
-    def _blocks(
-        self, x: Tensor, W: Tensor, b: Tensor | None = None
-    ) -> Iterator[tuple[int, Float[Tensor, "block latent"]]]:
-        """First row of each block, and its entries of `x @ W.T`, plus `b`; a block is overwritten by the next."""
+    def _blocks(self, x: Tensor, W: Tensor) -> Iterator[tuple[int, Float[Tensor, "block latent"]]]:
+        """First row of each block, and its entries of `x @ W.T`; a block is overwritten by the next."""
         rows = _rows_of_block(x, len(W))
         if self._buffer.shape != (rows, len(W)) or self._buffer.device != x.device:
             self._buffer = torch.empty(rows, len(W), device=x.device)
         for first in range(0, len(x), rows):
             part = x[first : first + rows]
-            out = self._buffer[: len(part)]
-            yield first, torch.mm(part, W.T, out=out) if b is None else torch.addmm(b, part, W.T, out=out)
+            yield first, product(part, W, self._buffer[: len(part)])
 
 
 def _rows_of_block(x: Tensor, width: int) -> int:
