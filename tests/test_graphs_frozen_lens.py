@@ -13,6 +13,8 @@ from graphs.frozen import check, from_transformer_lens, worst
 from graphs.targets import TokenLogit
 from mechinterp.errors import ModelError, UsageError
 
+pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
+
 KINDS: dict[str, dict[str, Any]] = {
     "GPT-2": {"act_fn": "gelu_new", "normalization_type": "LN"},
     "GPT-2 folded": {"act_fn": "gelu", "normalization_type": "LNPre"},

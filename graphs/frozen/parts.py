@@ -73,6 +73,7 @@ class FrozenMLP:
 class FrozenBlock:
     """One block: its two parts, and what the true forward pass had in it.
 
+    `tower` is the model's own name of the tower, as in hook names ("text" also in the stack "text.1").
     `mlp_in` is what a transcoder reads (`ln2.hook_normalized`), and `norm2` makes it of `resid_mid`; `mlp_out` is what
     the block adds to the stream (`hook_mlp_out`, after a post-norm or layer scale where there is one).
     """
@@ -175,7 +176,8 @@ class Readout:
     """An output that is linear in one stream of one stack: `(seed * stream).sum() + constant == value`.
 
     The stream is the last one, or that of block `layer`: after its attention (`point` "mid") or after all of it
-    ("post"). `value` is the output's own value from the true forward pass. `weight` is its share in a joint graph.
+    ("post"). `value` is the output's own value from the true forward pass. `weight` is its share in a joint graph: over
+    the readouts of one output, `weight * value` adds up to its value (of several logits, to their mean).
     """
 
     name: str
