@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         lab, graph, members, predicted(graph, members), name=f"{FINDING} supernode", factor=args.factor, n_random=100
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    named = {"model": args.model, "image": args.image, "members": [nodes.ids[i] for i in members]}
+    named = {"model": args.model, "image": args.image, "member_ids": [nodes.ids[i] for i in members]}
     write_json(args.out / f"graph-suppress-{args.model}.json", named | found.to_dict())
     draw_suppression(found, args.out / f"graph-suppress-{args.model}.png")
     for row in found.measured:

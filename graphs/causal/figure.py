@@ -33,9 +33,9 @@ def draw_suppression(found: Suppression, path: Path | str, title: str = "") -> P
     axes = figure.subplots(2, 1, height_ratios=ratios) if nodes and outputs else [figure.subplots()]
     for axis, rows in zip(axes, [rows for rows in (nodes, outputs) if rows], strict=True):
         _rows(axis, rows, shares=rows is nodes)
-    axes[0].set_title(
-        title or f"{found.name} (n={found.members}) times {found.factor:g}, model {found.mode}", loc="left"
-    )
+    held = {"free": "nothing held", "frozen_attn": "attention held"}.get(found.mode, found.mode)
+    said = f"{found.name}: {found.members} feature{'s' * (found.members > 1)} times {found.factor:g}, {held}"
+    axes[0].set_title(f"{title or said}\np: change against the random supernodes", loc="left", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
