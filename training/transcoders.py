@@ -28,6 +28,7 @@ from cxr_clip import captions as cxr_captions
 from replaced import Line, Whole, measure, whole
 
 from mechinterp.activations import ActivationStore, extract
+from mechinterp.audit.dictionary import transcoders_of
 from mechinterp.data import ImageData, open_data
 from mechinterp.data.phantom import FACTORS, Phantom
 from mechinterp.data.phantom.language import prompts
@@ -190,7 +191,7 @@ def main() -> None:
                     )
                 lines.append(measure(load_sae(folder), store))
                 print(lines[-1].row(), flush=True)
-        placed = [load_sae(path) for path in sorted((out / "transcoders").iterdir())]
+        placed = transcoders_of(model)
         command = f"python training/transcoders.py {args.model}" + (
             "" if phantom is not None else f" --data FOLDER --longer {args.longer}"
         )
