@@ -28,10 +28,8 @@ HOSTILE = '"><script>alert(1)</script>\u202e\x00&amp;'
 def hostile_names(graph):
     nodes = graph.nodes
     rows = nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
-    return {
-        f"{nodes.towers[int(nodes.tower[i])]}.blocks.{int(nodes.layer[i])}.hook_mlp_out:{int(nodes.feature[i])}": HOSTILE
-        for i in rows
-    }
+    sites = [f"{nodes.towers[int(nodes.tower[i])]}.blocks.{int(nodes.layer[i])}.hook_mlp_out" for i in rows]
+    return {f"{site}:{int(nodes.feature[i])}": HOSTILE for site, i in zip(sites, rows, strict=True)}
 
 
 @pytest.mark.parametrize("case", [{"seed": 0}, {"seed": 1, "chained": True}, {"seed": 2, "outputs": 3}])

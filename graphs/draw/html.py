@@ -139,13 +139,13 @@ def _nodes(graph: AttributionGraph, names: Names | None) -> list[dict[str, Any]]
     return made
 
 
-def _edges(graph: AttributionGraph) -> list[list[float]]:
-    """[source, target, weight, influence along it] of every edge."""
+def _edges(graph: AttributionGraph) -> list[tuple[int, int, float, float]]:
+    """Source, target, weight, and influence along it, of every edge."""
     edges = edges_of(graph)
     value = influence(graph, edges) + output_weights(graph)
     score = shares(edges) * value[edges.target]
     columns = (c.tolist() for c in (edges.source, edges.target, edges.weight, score))
-    return [[s, t, _short(w), _short(v)] for s, t, w, v in zip(*columns, strict=True)]
+    return [(s, t, _short(w), _short(v)) for s, t, w, v in zip(*columns, strict=True)]
 
 
 def _short(value: float) -> float:
