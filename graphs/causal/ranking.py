@@ -29,8 +29,9 @@ def node_effects(
     """Free ablation of single features against what predicts it: Spearman by sample and ranking, and sample sizes.
 
     Samples: "active", drawn from all active features with influence (those that cannot reach the output are left out,
-    being predicted without effort); "pruned", the most influential of the pruned graph, at most `n_nodes`; and, of
-    the first, the part that lies in each tower ("active, vision").
+    being predicted without effort); "pruned", the most influential of the pruned graph, at most `n_nodes`; and the part
+    of each that lies in one tower ("active, vision"). Between the towers of a dual encoder influences do not compare:
+    each half of a similarity is given the same influence in all, whatever part of the score it is.
     """
     draws = np.random.default_rng(seed)
     strength = influence(graph).numpy()
@@ -46,9 +47,10 @@ def node_effects(
     every = np.unique(np.concatenate(list(samples.values())).astype(int))
     effect = np.zeros(len(graph.nodes))
     effect[every] = np.abs(lab.effects([scaled(graph, [i]) for i in every.tolist()])[:, 0].numpy())
-    towers = np.array([graph.nodes.towers[t] for t in graph.nodes.tower[samples["active"]].tolist()])
-    if len(set(towers)) > 1:
-        samples |= {f"active, {tower}": samples["active"][towers == tower] for tower in sorted(set(towers))}
+    for name in ("active", "pruned"):
+        towers = np.array([graph.nodes.towers[t] for t in graph.nodes.tower[samples[name]].tolist()])
+        if len(set(towers)) > 1:
+            samples |= {f"{name}, {tower}": samples[name][towers == tower] for tower in sorted(set(towers))}
     found = {
         name: {ranking: spearman(score[sample], effect[sample]) for ranking, score in scores.items()}
         for name, sample in samples.items()
