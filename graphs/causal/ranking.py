@@ -42,7 +42,7 @@ def node_effects(
     best = [i for i in moved[np.argsort(-strength[moved], kind="stable")].tolist() if i in pruned]
     samples = {
         "active": draws.choice(moved, min(n_nodes, len(moved)), replace=False),
-        "pruned": np.array(best[:n_nodes]),
+        "pruned": np.array(best[:n_nodes], dtype=int),
     }
     every = np.unique(np.concatenate(list(samples.values())).astype(int))
     effect = np.zeros(len(graph.nodes))
