@@ -34,7 +34,8 @@ def dictionaries(
     found = []
     for stack in frozen.stacks:
         for block in stack.blocks:
-            if layers is not None and block.layer not in layers:
+            done = {(placed.writes.tower, placed.writes.layer) for placed in found}  # captions share a tower
+            if (block.tower, block.layer) in done or (layers is not None and block.layer not in layers):
                 continue
             d, dtype = block.mlp_in.shape[1], block.mlp_in.dtype
 
