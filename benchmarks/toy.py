@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graphs.frozen.parts import FrozenAttention, FrozenBlock, FrozenMLP, FrozenNorm, FrozenPass, Inputs, Readout, Stack
+from graphs.frozen.lens import from_transformer_lens
+from graphs.frozen.parts import FrozenPass
+from graphs.targets import TokenLogit
 from mechinterp.types import Placed, Site
 from saes.dictionary import JumpReLU, SparseDictionary
 
@@ -150,43 +152,7 @@ def read(folder: Path) -> tuple[Any, list[Placed], dict[str, Any]]:
     return hooked(toy["config"], weights), placed, toy
 
 
-@torch.no_grad()
 def freeze(model: Any, toy: dict[str, Any]) -> FrozenPass:
     """The frozen pass of the toy on its tokens, its logits demeaned over the vocabulary as circuit-tracer does."""
-    names = ("ln1.hook_scale", "ln2.hook_scale", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out")
-    ends = (*names, "attn.hook_pattern", "ln2.hook_normalized", "ln_final.hook_scale")
-    tokens = torch.tensor(toy["tokens"])
-    logits, cache = model.run_with_cache(tokens[None], names_filter=lambda name: name.endswith(ends))
-    blocks = []
-    for layer, block in enumerate(model.blocks):
-        value = {
-            name: cache[f"blocks.{layer}.{name}"][0] for name in (*names, "attn.hook_pattern", "ln2.hook_normalized")
-        }
-        attn, mlp = block.attn, block.mlp
-        ln1 = FrozenNorm(block.ln1.w, block.ln1.b, value["ln1.hook_scale"], centres=True)
-        ln2 = FrozenNorm(block.ln2.w, block.ln2.b, value["ln2.hook_scale"], centres=True)
-        pattern = value["attn.hook_pattern"]
-        attention = FrozenAttention(ln1, pattern, attn.W_V, attn.b_V, attn.W_O, attn.b_O)
-        read = value["ln2.hook_normalized"] * block.ln2.w + block.ln2.b
-        hidden = read @ mlp.W_in + mlp.b_in
-        frozen_mlp = FrozenMLP(
-            ln2, mlp.W_in, mlp.b_in, 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), mlp.W_out, mlp.b_out
-        )
-        streams = (value["hook_resid_pre"], value["hook_resid_mid"], read, value["hook_mlp_out"])
-        blocks.append(FrozenBlock("text", layer, attention, frozen_mlp, *streams, value["hook_resid_post"]))
-    positions = torch.arange(len(tokens))
-    inputs = Inputs({"token": (positions, model.W_E[tokens]), "pos": (positions, model.W_pos[: len(tokens)])})
-    stack = Stack(
-        "text", tuple(blocks), inputs, toy["config"]["attention_dir"] == "causal", tuple(map(str, toy["tokens"]))
-    )
-    norm, shares = model.ln_final, logits[0, -1].softmax(-1)
-    readouts = []
-    for target in toy["targets"]:
-        direction = model.W_U[:, target] - model.W_U.mean(1)
-        pulled = direction * norm.w
-        seed = torch.zeros_like(stack.final)
-        seed[-1] = (pulled - pulled.mean()) / cache["ln_final.hook_scale"][0, -1]
-        constant = float(norm.b @ direction + model.b_U[target] - model.b_U.mean())
-        value = float(logits[0, -1, target] - logits[0, -1].mean())
-        readouts.append(Readout(str(target), "logit", 0, seed, constant, value, float(shares[target])))
-    return FrozenPass((stack,), tuple(readouts), ("attn.hook_pattern", "hook_scale", "hook_mlp_out"))
+    outputs = [TokenLogit(token, demeaned=True) for token in toy["targets"]]
+    return from_transformer_lens(model, torch.tensor(toy["tokens"]), outputs)
