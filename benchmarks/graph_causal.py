@@ -89,6 +89,11 @@ def concentration(graph: AttributionGraph, mask: np.ndarray, model: HookedVLM) -
     return found
 
 
+def named(place: str, parts: dict[str, float]) -> dict[str, float]:
+    """Concentrations with what they are of."""
+    return {f"{measure} on {place}": value for measure, value in parts.items()}
+
+
 def report_token(model: HookedVLM, batch: ImageTextBatch) -> Output | None:
     """The token of the model's own report that names the finding, or None when the report does not."""
     from graphs.frozen.generative import report_of
@@ -115,8 +120,8 @@ def randomised(model: HookedVLM, seed: int = 0) -> HookedVLM:
 
 def study_image(
     model: HookedVLM, pixels: np.ndarray, counterfactual: np.ndarray, dictionaries: Sequence[Placed], whole: bool
-) -> dict[str, Any]:
-    """Graph scores and node effects of one image; `whole`: the full causal report.
+) -> tuple[AttributionGraph, dict[str, Any]]:
+    """The answer's graph; its scores and node effects. `whole`: the full causal report.
 
     Resample ablation takes the same patient without the finding.
     """
@@ -130,20 +135,25 @@ def study_image(
     row |= {"completeness": told.completeness, "replacement": told.replacement}
     if not whole:
         found, samples = node_effects(lab, graph, N_NODES)
-        return row | {"node_spearman": found, "samples": samples}
+        return graph, row | {"node_spearman": found, "samples": samples}
     other = Lab(model, batch_of(model, counterfactual), dictionaries, output)
-    return row | report(lab, graph, other=other, n_nodes=N_NODES, n_sources=16, n_watched=128).to_dict()
+    return graph, row | report(lab, graph, other=other, n_nodes=N_NODES, n_sources=16, n_watched=128).to_dict()
 
 
 Placements = dict[str, Sequence[Placed]]
 
 
 def where_it_looks(
-    model: HookedVLM, pixels: np.ndarray, mask: np.ndarray, places: Placements, token: Output | None
+    model: HookedVLM,
+    pixels: np.ndarray,
+    mask: np.ndarray,
+    places: Placements,
+    token: Output | None,
+    answer: bool = True,
 ) -> dict[str, float]:
-    """Concentration by output and by what stands in the graph; `token`: a token of a report, besides the answer."""
+    """Concentration by output and by what stands in the graph. `token`: a token of a report; `answer`: the score."""
     batch = batch_of(model, pixels)
-    asked: dict[str, tuple[ImageTextBatch, Output]] = {"answer": (batch, Contrast(target()))}
+    asked: dict[str, tuple[ImageTextBatch, Output]] = {"answer": (batch, Contrast(target()))} if answer else {}
     if token is not None:
         asked["report token"] = (batch_without_prompt(batch), token)
     found: dict[str, float] = {}
@@ -151,8 +161,7 @@ def where_it_looks(
         frozen = freeze(model, inputs, [output])
         for label, dictionaries in places.items():
             graph = build_graph(frozen, dictionaries, max_features=MAX_FEATURES)
-            parts = concentration(graph, mask, model)
-            found |= {f"{measure} on {name}, {label}": value for measure, value in parts.items()}
+            found |= named(f"{name}, {label}", concentration(graph, mask, model))
     return found
 
 
@@ -236,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--reports", type=int, default=10, help="images with a full causal report; all have node effects"
     )
     parser.add_argument("--nulls", type=int, default=25, help="images of the random model and of attention alone")
-    parser.add_argument("--places-only", action="store_true", help="only where the influence lies")
+    parser.add_argument("--first", type=int, default=0, help="leave out the images before this one")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     start = time.perf_counter()
@@ -247,13 +256,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     null = randomised(model)
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
-    for i in progress(range(len(phantom)), f"{args.model}: graphs and interventions"):
-        row: dict[str, Any] = {"node_spearman": {}}
-        if not args.places_only:
-            row = study_image(model, images[i], without[i], dictionaries, whole=i < args.reports)
+    for i in progress(range(args.first, len(phantom)), f"{args.model}: graphs and interventions"):
         plain = batch_without_prompt(batch_of(model, images[i]))
         token = report_token(model, plain) if model.family == "llava" else None
-        row["places"] = where_it_looks(model, images[i], masks[i], {"transcoders": dictionaries}, token)
+        graph, row = study_image(model, images[i], without[i], dictionaries, whole=i < args.reports)
+        row["places"] = named("answer, transcoders", concentration(graph, masks[i], model))
+        if token is not None:
+            shown: Placements = {"transcoders": dictionaries}
+            row["places"] |= where_it_looks(model, images[i], masks[i], shown, token, answer=False)
         if i < args.nulls:
             row["places"] |= where_it_looks(model, images[i], masks[i], {"attention alone": ()}, token)
             random = where_it_looks(null, images[i], masks[i], {"attention alone": ()}, token)
@@ -268,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "settings": {"max_features": MAX_FEATURES, "n_nodes": N_NODES} | {k: vars(args)[k] for k in COUNTS},
             "images": len(rows),
             "anchor": ANCHOR,
-            "summary": collect(rows, phantom.patients[: len(rows)]),
+            "summary": collect(rows, [r["patient"] for r in rows]),
             "rows": rows,
         }
         write_json(args.out / f"graph-causal-{args.model}.json", found)

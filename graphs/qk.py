@@ -127,14 +127,24 @@ def qk_panel(replacement: Replacement, tower: str, layer: int, head: int, query:
     sides = [_side(attention, scores, head, "q", at), *(_side(attention, scores, head, "k", w) for w in (one, mean))]
     parts = _components(replacement, stack, layer, torch.cat([seed for seed, _ in sides], dim=1))
     width = sides[0][1].shape[0]
-    found = [
+    at_query, at_key, mean_key = (
         torch.cat([parts[1][:, i * width : (i + 1) * width], constant[None]]) for i, (_, constant) in enumerate(sides)
-    ]
+    )
     row = scores.values[head, query]
     return QKPanel(
-        tower, layer, head, query, key, (*parts[0], CONSTANT), *found, scores.scaling,
-        float(row[key]), float(row[keys].mean()),
-    )  # fmt: skip
+        tower=tower,
+        layer=layer,
+        head=head,
+        query=query,
+        key=key,
+        ids=(*parts[0], CONSTANT),
+        at_query=at_query,
+        at_key=at_key,
+        mean_key=mean_key,
+        scaling=scores.scaling,
+        score=float(row[key]),
+        mean_score=float(row[keys].mean()),
+    )
 
 
 def _side(

@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny
 
 from graphs.build import build_graph
-from graphs.causal.changes import Change, FeatureAt, features_of, scaled
+from graphs.causal.changes import Change, FeatureAt, features_of, scaled, taken_from
 from graphs.causal.controls import matched_sets, position_class
 from graphs.causal.faithful import SHARES, curve
 from graphs.causal.figure import draw_suppression
@@ -162,6 +162,22 @@ def test_a_change_of_a_later_feature_sets_it():
     row = lab.dictionary(later).dictionary.W_dec[5]
     moved = (both.kept[site] - first.kept[site])[0, 0]
     assert torch.allclose(moved, (0.7 - first.acts[0, 0]) * row, atol=1e-5)
+
+
+def test_resample_and_mean_take_values_from_elsewhere():
+    """All features of the last block taken from another image: its MLP output moves by what the two sets differ."""
+    model, lab, graph = scene("vit")
+    other = Lab(model, model.preprocess(torch.rand(1, 32, 32)), list(lab.placed.values()), lab.outputs)
+    nodes = [i for i in some_features(graph, 4000) if graph.nodes[i].layer == 2 and graph.nodes[i].pos == 0]
+    elsewhere = other.activations()
+    mean = {key: (acts + elsewhere[key]) / 2 for key, acts in lab.activations().items()}
+    site = "vision.blocks.2.hook_mlp_out"
+    found = lab.run([taken_from(graph, nodes, acts) for acts in (elsewhere, mean)], names=[site]).kept[site][:, 0]
+    index = [graph.nodes[i].feature for i in nodes]
+    rows = lab.placed["vision", 2].dictionary.W_dec[index]
+    moved = (elsewhere["vision", 2][0, index] - graph.nodes.activation[nodes]) @ rows
+    wanted = lab.clean["vision"][site][0, 0] + torch.stack([moved, moved / 2])
+    assert nodes and torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_gradients_are_small_changes():

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphs.causal.changes import Change, FeatureAt, features_of, scaled
+    from graphs.causal.changes import Change, FeatureAt, features_of, scaled, taken_from
     from graphs.causal.figure import draw_suppression
     from graphs.causal.lab import Lab
     from graphs.causal.reporting import CausalReport, report
@@ -32,6 +32,7 @@ __all__ = [
     "report",
     "scaled",
     "suppress",
+    "taken_from",
 ]
 
 _HOMES = {
@@ -46,6 +47,7 @@ _HOMES = {
     "report": "reporting",
     "scaled": "changes",
     "suppress": "suppression",
+    "taken_from": "changes",
 }
 
 

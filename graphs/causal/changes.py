@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
 
 from graphs.graph import AttributionGraph
 from graphs.nodes import NodeType
 from mechinterp.errors import UsageError
 
-__all__ = ["Change", "FeatureAt", "features_of", "scaled"]
+__all__ = ["Change", "FeatureAt", "features_of", "scaled", "taken_from"]
 
 
 class FeatureAt(NamedTuple):
@@ -57,3 +60,17 @@ def scaled(graph: AttributionGraph, nodes: Sequence[int], factor: float = 0.0, n
     """The nodes' activations times `factor`: 0 ablates, -1 is the steering of Ameisen et al. 2025 (section 5)."""
     values = tuple(factor * graph.nodes[int(i)].activation for i in nodes)
     return Change(features_of(graph, nodes), values, name)
+
+
+def taken_from(
+    graph: AttributionGraph,
+    nodes: Sequence[int],
+    activations: Mapping[tuple[str, int], Float[Tensor, "_pos _d_sae"]],
+    name: str = "",
+) -> Change:
+    """The nodes take the activations that they have elsewhere, by (tower, layer).
+
+    `Lab.activations()` of another image makes this resample ablation; the mean of several of those, mean ablation.
+    """
+    features = features_of(graph, nodes)
+    return Change(features, tuple(float(activations[f.tower, f.layer][f.pos, f.index]) for f in features), name)

@@ -16,7 +16,7 @@ from mechinterp.types import Placed
 __all__ = ["Edit", "Hooks", "Mode", "edits_of", "hold", "keep", "leaves", "only_hooks", "site_hooks"]
 
 Mode = Literal["direct", "replacement", "frozen_attn", "free"]
-Hooks = list[tuple[str, Callable[..., Any]]]
+Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 
 class Edit(NamedTuple):

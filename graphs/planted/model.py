@@ -129,7 +129,6 @@ def plant(
         hidden_size=width,
         num_hidden_layers=circuit.layers,
         num_attention_heads=len(circuit.heads),
-        head_dim=HEAD_WIDTH,
         intermediate_size=hidden,
         hidden_act="relu",
         image_size=GRID * PATCH,
@@ -137,10 +136,11 @@ def plant(
         layer_norm_eps=_EPS,
         id2label=dict(enumerate(CLASSES)),
         label2id={name: i for i, name in enumerate(CLASSES)},
+        **{"head_dim": HEAD_WIDTH},  # ViT's attention reads it; its config does not name it
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hf = ViTForImageClassification(config).double().eval().requires_grad_(False)
+        hf: Any = ViTForImageClassification(config).double().eval().requires_grad_(False)
     templates = _templates(len(circuit.textures))
     columns = _write(hf, circuit, directions, templates, draws)
     hf = hf.to(dtype)
