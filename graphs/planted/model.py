@@ -125,22 +125,22 @@ def plant(
     draws = torch.Generator().manual_seed(seed)
     directions = _directions(len(circuit.concepts), width, draws)
     hidden = max(len(circuit.neurons_of(layer)) for layer in range(circuit.layers)) + spare
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=circuit.layers,
-        num_attention_heads=len(circuit.heads),
-        intermediate_size=hidden,
-        hidden_act="relu",
-        image_size=GRID * PATCH,
-        patch_size=PATCH,
-        layer_norm_eps=_EPS,
-        id2label=dict(enumerate(CLASSES)),
-        label2id={name: i for i, name in enumerate(CLASSES)},
-        **{"head_dim": HEAD_WIDTH},  # ViT's attention reads it; its config does not name it
-    )
+    config: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": circuit.layers,
+        "num_attention_heads": len(circuit.heads),
+        "head_dim": HEAD_WIDTH,
+        "intermediate_size": hidden,
+        "hidden_act": "relu",
+        "image_size": GRID * PATCH,
+        "patch_size": PATCH,
+        "layer_norm_eps": _EPS,
+        "id2label": dict(enumerate(CLASSES)),
+        "label2id": {name: i for i, name in enumerate(CLASSES)},
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hf: Any = ViTForImageClassification(config).double().eval().requires_grad_(False)
+        hf: Any = ViTForImageClassification(ViTConfig(**config)).double().eval().requires_grad_(False)
     templates = _templates(len(circuit.textures))
     columns = _write(hf, circuit, directions, templates, draws)
     hf = hf.to(dtype)
