@@ -20,6 +20,7 @@ from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled_folder
 from mechinterp.models.tables import Dual, Features
+from mechinterp.storage import write_json
 from mechinterp.types import ImageTextBatch, Placed, Target
 
 if TYPE_CHECKING:
@@ -123,9 +124,8 @@ def graph_section(
     correlation of influence with what ablating a feature does to the score, nothing held. (None, None) where no
     transcoder is stored, or the model scores nothing.
     """
-    from graphs.causal.report import node_effects
-
     from graphs.causal.lab import Lab
+    from graphs.causal.ranking import node_effects
     from graphs.draw.png import figure_of
 
     transcoders = transcoders_of(model)
@@ -202,8 +202,10 @@ def write_graph(made: ImageGraph, out: Path, causal: bool = False, seed: int = 0
     """
     from graphs.export.folder import write_folder
 
-    names = stored_names(made.model)
-    write_folder(made.whole, made.pruned, made.image, out, names=names)
+    tested = ""
+    if causal:
+        tested = "\n" + _test(made, out, seed)
+    write_folder(made.whole, made.pruned, made.image, out, names=stored_names(made.model))
     scores, most = made.pruned.meta["scores"], made.whole.meta["max_relative_residual"]
     values = ", ".join(f"{o.name} {o.value:+.3f}" for o in made.pruned.outputs)
     return "\n".join(
@@ -212,6 +214,35 @@ def write_graph(made: ImageGraph, out: Path, causal: bool = False, seed: int = 0
             f"  {len(made.whole.nodes)} nodes, {made.whole.n_edges} edges; pruned to {len(made.pruned.nodes)} and "
             f"{made.pruned.n_edges}",
             f"  every row adds up to {most:.1e}; completeness {scores['completeness']:.3f} (counting inputs "
-            f"{scores['completeness_circuit_tracer']:.3f}), replacement {scores['replacement']:.3f}",
+            f"{scores['completeness_circuit_tracer']:.3f}), replacement {scores['replacement']:.3f}{tested}",
+        ]
+    )
+
+
+def _test(made: ImageGraph, out: Path, seed: int) -> str:
+    """Interventions on the model itself: causal.json and suppress.png; a few lines to print."""
+    from graphs.causal import Lab, draw_suppression, predicted, report, suppress
+    from graphs.nodes import NodeType
+
+    lab = Lab(made.model, made.batch, made.transcoders, [output_of(made.model, made.target)], made.frozen)
+    found = report(lab, made.whole, n_nodes=EFFECTS, n_sources=16, n_watched=128, seed=seed)
+    nodes = made.whole.nodes
+    strength = nodes.influence * nodes.is_type(NodeType.FEATURE)
+    members = [int(i) for i in strength.topk(10).indices if strength[i] > 0]
+    name = f"the {len(members)} most influential features"
+    done = suppress(lab, made.whole, members, predicted(made.whole, members), name=name, n_random=100, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_suppression(done, out / "suppress.png")
+    write_json(out / "causal.json", {"report": found.to_dict(), "suppression": done.to_dict()})
+    rank, control = found.node_spearman["active"], found.control
+    return "\n".join(
+        [
+            f"  ablation with all held against minus the edge: largest difference {found.pairs.constrained_error:.1e}",
+            f"  influence against |effect| on the score, nothing held: Spearman {rank['influence']:.2f} (gradient x "
+            f"activation {rank['gradient x activation']:.2f}, activation {rank['activation']:.2f}) over "
+            f"{found.samples['active']} features",
+            f"  removing the top {control.features} moves the score by {control.effect:.3f}, matched random features "
+            f"by {control.random_median:.3f} (p = {control.p:.3f})",
+            f"  attention: {found.mediation.note}",
         ]
     )
