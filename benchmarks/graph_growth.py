@@ -70,8 +70,11 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
-    figure, panels = plt.subplots(len(UNITS), len(AXES), figsize=(11, 5), sharex="col", layout="constrained")
+    figure, panels = plt.subplots(
+        len(UNITS), len(AXES), figsize=(11, 5), sharex="col", sharey="row", layout="constrained"
+    )
     for line, unit in zip(panels, UNITS, strict=True):
         for panel, axis in zip(line, AXES, strict=True):
             mine = [row for row in rows if row["case"].endswith(f" {axis}") and row["unit"] == unit]
@@ -81,8 +84,10 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
             panel.minorticks_off()
             panel.spines[["top", "right"]].set_visible(False)
-            if line is panels[0]:
-                panel.set_title(f"{axis}\n({mine[0]['case'].partition(':')[0]})", fontsize=9)
+            panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            if unit == UNITS[0]:
+                panel.set_title(mine[0]["case"].partition(":")[0], fontsize=8)
             else:
                 panel.set_xlabel(axis)
         line[0].set_ylabel({"CPU s": "CPU seconds", "MiB added": "memory added (MiB)"}[unit])
