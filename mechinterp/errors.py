@@ -17,7 +17,12 @@ class MechInterpError(Exception):
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
         self.what, self.where, self.hint = what, where, hint
         head = f"{where}: {what}" if where else what
-        super().__init__(f"{head} ({hint})" if hint else head)
+        super().__init__(_one_line(f"{head} ({hint})" if hint else head))
+
+
+def _one_line(text: str) -> str:
+    """A message is one line whatever name, from whatever file, stands in it: what does not print is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(MechInterpError):

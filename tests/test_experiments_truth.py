@@ -330,7 +330,7 @@ def test_sources_differ_in_the_factor_and_one_other():
     for number, (name, pairs) in enumerate(factor_pairs(cohort, factors, 6, seed=1).items()):
         assert name == factors[number] and len(pairs.rows) == 6 and not (pairs.other == number).any()
         for row, other, image in zip(pairs.rows, pairs.other, pairs.rendered, strict=True):
-            one = cohort.phantom[[row]]
+            one = cohort.phantom[[int(row)]]
             flips = {f: [1 - int(one.factors[f].iloc[0])] for f in (name, factors[other])}
             assert np.array_equal(one.do(**flips).render()[0], image)
     sides = cohort.has("drain")[factor_pairs(cohort, factors, 4, seed=1)["drain"].rows]
