@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageGraph", "graph_of", "graph_section", "output_of", "seen_by", "target_of", "write_graph"]
 
+BUDGET = 1500  # features whose causes are computed: the most influential; the others stay as unexplained sources
 EFFECTS = 100  # features ablated, for each image of an audit
 IMAGES = 3
 BOXES = 40  # features drawn in the report
@@ -57,7 +58,7 @@ def graph_of(
     target: Target,
     transcoders: Sequence[Placed],
     name: str = "image",
-    max_features: int | None = None,
+    max_features: int | None = BUDGET,
     node: float = 0.8,
     edge: float = 0.98,
 ) -> ImageGraph:
@@ -67,7 +68,7 @@ def graph_of(
         pixels: grey, in [0, 1], as read.
         transcoders: of the model's MLPs; blocks without one have only errors.
         name: of the image, in the graph's record.
-        max_features: budget of features whose causes are computed, best first; default all.
+        max_features: budget of features whose causes are computed, best first; None for all.
         node, edge: shares of the influence that pruning keeps.
 
     Raises UsageError for a model that scores nothing, CertificateError when the graph does not add up.
