@@ -146,7 +146,11 @@ def _questions(command: Command) -> None:
     sub.add_argument("--against", metavar="TEXT", help="the prompt to contrast with")
     sub.add_argument("--data", metavar="DATA", help="what transcoders are trained on where none are stored")
     sub.add_argument(
-        "--max-features", type=int, metavar="N", help="expand the N most influential features (default all)"
+        "--max-features",
+        type=int,
+        default=1500,
+        metavar="N",
+        help="trace the N most influential features (default 1500)",
     )
     sub.add_argument("--node", type=float, default=0.8, help="share of influence that the picture keeps (default 0.8)")
     sub.add_argument("--edge", type=float, default=0.98, help="the same for edges (default 0.98)")
