@@ -150,7 +150,7 @@ def _questions(command: Command) -> None:
         type=int,
         default=1500,
         metavar="N",
-        help="trace the N most influential features (default 1500)",
+        help="trace only the N most influential features (1500)",
     )
     sub.add_argument("--node", type=float, default=0.8, help="share of influence that the picture keeps (default 0.8)")
     sub.add_argument("--edge", type=float, default=0.98, help="the same for edges (default 0.98)")
