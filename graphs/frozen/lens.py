@@ -98,10 +98,10 @@ def _block(model: Any, layer: int, at: dict[str, Tensor]) -> FrozenBlock:
     both = model.cfg.use_normalization_before_and_after
     norm2 = norm("ln2")
     attn = block.attn
-    weights = (getattr(attn, w).detach() for w in ("W_V", "b_V", "W_O", "b_O"))
+    W_V, b_V, W_O, b_O = (getattr(attn, w).detach() for w in ("W_V", "b_V", "W_O", "b_O"))
     post = norm("ln1_post") if both else None
     pattern = at[f"{name}.attn.hook_pattern"]
-    attention = FrozenAttention(norm("ln1"), pattern, *weights, _scores(attn, f"{name}.attn", at), post)
+    attention = FrozenAttention(norm("ln1"), pattern, W_V, b_V, W_O, b_O, _scores(attn, f"{name}.attn", at), post)
     mlp = _mlp(model, block.mlp, norm2, at[f"{name}.mlp.hook_pre"], norm("ln2_post") if both else None)
     mlp_in = at.get(f"{name}.ln2.hook_normalized", resid_mid) * norm2.gain + norm2.shift
     return FrozenBlock(
@@ -125,12 +125,12 @@ def _scores(attn: Any, name: str, at: dict[str, Tensor]) -> Scores | None:
     rotary = cfg.positional_embedding_type == "rotary"
     q, k = (at[f"{name}.hook_rot_{side}" if rotary else f"{name}.hook_{side}"].transpose(0, 1) for side in "qk")
     k = k.repeat_interleave(len(q) // len(k), dim=0)
-    weights = (getattr(attn, w).detach() for w in ("W_Q", "W_K", "b_Q", "b_K"))
+    W_Q, W_K, b_Q, b_K = (getattr(attn, w).detach() for w in ("W_Q", "W_K", "b_Q", "b_K"))
 
     def rotate(x: Float[Tensor, "head pos d_head"]) -> Float[Tensor, "head pos d_head"]:
         return attn.apply_rotary(x.transpose(0, 1)[None])[0].transpose(0, 1)
 
-    return Scores(q, k, 1 / float(attn.attn_scale), *weights, rotate if rotary else None)
+    return Scores(q, k, 1 / float(attn.attn_scale), W_Q, W_K, b_Q, b_K, rotate if rotary else None)
 
 
 def _mlp(model: Any, mlp: Any, norm: FrozenNorm, pre: Float[Tensor, "pos m"], post: FrozenNorm | None) -> FrozenMLP:

@@ -32,7 +32,7 @@ def check(frozen: FrozenPass) -> list[Residual]:
     finals: list[Tensor] = []
     found: list[Residual] = []
     for stack in frozen.stacks:
-        x = stack.inputs.total(tuple(stack.final.shape))
+        x = stack.inputs.total((stack.final.shape[0], stack.final.shape[1]))
         if stack.bridge is not None and stack.bridge_from is not None:
             x = x + stack.bridge.apply(finals[stack.bridge_from]) + stack.bridge.bias
         for block in stack.blocks:
