@@ -151,13 +151,14 @@ def specs(model: HookedVLM, size: Sizes) -> list[Spec]:
             label = f"{_short(str(placed.reads), tokens)} {config.get('kind', '')} {placed.dictionary.W_dec.shape[0]}"
             found.append(Spec(f"{label} (ships)", str(placed.reads), tokens, path.parent))
     site, before = (f"vision.blocks.{layer}.hook_resid_post" for layer in (last, last - 1))
-    trained: list[tuple[str, Tokens, SAEConfig]] = []
     if generative(model):
-        trained += [(site, "patch", _config(kind, 128, size.patch_epochs)) for kind in size.kinds]
-    else:
-        trained += [(site, "cls", _config(kind, 64, size.epochs)) for kind in size.kinds]
-        trained += [(before, "patch", _config(kind, 128, size.patch_epochs)) for kind in size.patch_kinds]
-    return found + [Spec(f"{_short(s, t)} {c.kind} {c.width}", s, t, config=c) for s, t, c in trained]
+        return found + [_to_train(site, "patch", _config(kind, 128, size.patch_epochs)) for kind in size.kinds]
+    found += [_to_train(site, "cls", _config(kind, 64, size.epochs)) for kind in size.kinds]
+    return found + [_to_train(before, "patch", _config(kind, 128, size.patch_epochs)) for kind in size.patch_kinds]
+
+
+def _to_train(site: str, tokens: Tokens, config: SAEConfig) -> Spec:
+    return Spec(f"{_short(site, str(tokens))} {config.kind} {config.width}", site, tokens, config=config)
 
 
 def _short(site: str, tokens: str) -> str:
