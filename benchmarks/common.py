@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -30,6 +32,17 @@ class Row:
     ratio: float
     equal_to: float | None
     """Largest difference between the two results, in the unit of the result; None where there is none to compare."""
+
+
+def read_answer(process: subprocess.Popen[str], errors: IO[str]) -> dict[str, Any]:
+    """The next line of JSON from a worker process. Raises RuntimeError with its last word when it has ended."""
+    assert process.stdout
+    line = process.stdout.readline()
+    if not line:
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+        raise RuntimeError(said[-1] if said else "it ended without a word")
+    return json.loads(line)
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

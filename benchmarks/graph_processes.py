@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import read_answer
+
 PEER_PYTHON = "MECHINTERP_GRAPH_PEER_PYTHON"
 """Variable that names the interpreter of circuit-tracer's environment: see `peers/circuit_tracer.txt`."""
 PEER = Path(__file__).parent / "peers" / "run_circuit_tracer.py"
@@ -65,10 +67,4 @@ class Process:
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            said = self._errors.read().strip().splitlines()
-            raise RuntimeError(said[-1] if said else "it ended without a word")
-        return json.loads(line)
+        return read_answer(self._process, self._errors)

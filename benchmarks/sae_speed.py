@@ -6,7 +6,6 @@ cannot share our environment run in one of their own (benchmarks/peers/dictionar
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from benchmarks.common import read_answer
 
 PEER_PYTHON = "MECHINTERP_SAE_PEER_PYTHON"
 SCRIPT = Path(__file__).parent / "peers" / "run_dictionary.py"
@@ -100,13 +101,7 @@ class Elsewhere:
         return Seconds(found["wall"], found["cpu"])
 
     def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            said = self._errors.read().strip().splitlines()
-            raise RuntimeError(said[-1] if said else "it ended without a word")
-        return json.loads(line)
+        return read_answer(self._process, self._errors)
 
 
 def elsewhere(kind: str, batches: list[Tensor], k: int, width: int) -> list[Elsewhere]:

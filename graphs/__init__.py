@@ -13,8 +13,9 @@ Nothing is imported before it is used. See docs/graphs.md.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mechinterp.lazy import lazily
 
 if TYPE_CHECKING:
     from graphs.build import build_graph
@@ -58,8 +59,4 @@ _HOMES = {
     "write_folder": "export.folder",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"graphs.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)

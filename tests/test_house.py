@@ -14,7 +14,7 @@ PACKAGES = ("mechinterp", "saes", "graphs")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 # A room may import its own floor's lower neighbours only. "core" modules stand below every room.
-CORE = {"errors", "types", "storage", "progress"}
+CORE = {"errors", "types", "storage", "progress", "lazy"}
 FLOOR = {
     "data": 1,
     "pages": 1,

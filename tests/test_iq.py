@@ -69,6 +69,14 @@ def test_inversion_ties_the_best_with_the_worst():
         inversion(ends, ends, 0)
 
 
+def test_faithfulness_is_at_worst_0_and_blind_to_the_sign_only_as_a_distance():
+    e = np.array([[1.0, -2.0, 3.0, 0.0]])
+    draws = np.random.default_rng(0).normal(size=(1, 8, 4))
+    found = iq(Measurement(-e, e.sum(1), draws, draws.sum(2), e))
+    assert found.F_corr[0] == 0 and found.F_dist[0] == pytest.approx(1)
+    assert iq(Measurement(e, e.sum(1), draws, draws.sum(2), e)).F_corr[0] == pytest.approx(1)
+
+
 def test_the_rule_for_undefined_correlations_decides_who_wins(scored):
     exact, random = (scored["product"][name] for name in ("shapley", "random"))
     skip, zero = exact.IS[2] - random.IS[2], exact.IS_zero[2] - random.IS_zero[2]

@@ -10,8 +10,9 @@ Nothing is imported before it is used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mechinterp.lazy import lazily
 
 if TYPE_CHECKING:
     from graphs.causal.changes import Change, FeatureAt, features_of, scaled, taken_from
@@ -50,8 +51,4 @@ _HOMES = {
     "taken_from": "changes",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"graphs.causal.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)

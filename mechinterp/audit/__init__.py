@@ -9,8 +9,9 @@ The names below are imported on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mechinterp.lazy import lazily
 
 if TYPE_CHECKING:
     from mechinterp.audit.pipeline import AuditResult, audit
@@ -20,8 +21,4 @@ __all__ = ["AuditResult", "Settings", "audit"]
 
 _HOMES = {"AuditResult": "pipeline", "Settings": "settings", "audit": "pipeline"}
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)

@@ -8,8 +8,9 @@ Names are imported when first used, so that `import mechinterp.data` stays light
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mechinterp.lazy import lazily
 
 if TYPE_CHECKING:
     from mechinterp.data.attributes import Attribute
@@ -43,11 +44,7 @@ _HOME = {
     "resize_square": "images",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

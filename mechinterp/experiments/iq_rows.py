@@ -107,7 +107,7 @@ def measure(
         generator = torch.Generator().manual_seed(1_000 * seed + i)
         a = explain(network.f, flat, network.reference, generator).view(both.shape).detach().numpy()
         y = output.numpy()
-        # an effect below a thousandth of the largest is the network's leftover, not a use of the column
+        # an effect below a hundredth of the largest is the network's leftover, not a use of the column
         found[name] = Measurement(a[:, 0], y[:, 0], a[:, 1:], y[:, 1:], effect[:, 0], effect[:, 1:], tolerance=1e-2)
     return found, kept
 

@@ -8,8 +8,9 @@ user's own model is `mechinterp.models.doctor.doctor`.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mechinterp.lazy import lazily
 
 if TYPE_CHECKING:
     from mechinterp.models.bundles import bundled
@@ -28,8 +29,4 @@ _HOMES = {
     "verify_freeze": "freeze",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"mechinterp.models.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)

@@ -19,9 +19,7 @@ of those names are `absorption.absorption` and `recovery.recovery`.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
+from mechinterp.lazy import lazily
 from saes.metrics.fidelity import Evaluation, dead, evaluate, frequency, l0, r2
 from saes.metrics.images import image_activations, image_table
 
@@ -51,11 +49,7 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names.spl
 __all__ = ["Evaluation", "dead", "evaluate", "frequency", "image_activations", "image_table", "l0", "r2"]
 __all__ += sorted(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE[name]}"), name)
+__getattr__ = lazily(__name__, _MODULE)
 
 
 def __dir__() -> list[str]:
