@@ -88,8 +88,11 @@ def test_random_attributions_lie_at_the_floor(scored):
     for of in scored.values():
         assert of["random"].R.mean() == pytest.approx(expected_absolute_r(30), abs=0.01)
         assert of["lime"].R_null.mean() == pytest.approx(expected_absolute_r(30), abs=0.02)  # only sampling noise
-    measured = measure_rows(product, {"random": tabular.random}, rows(60), ZERO)["random"]
+    both = measure_rows(product, {"random": tabular.random, "echo": tabular.echo}, rows(60), ZERO)
+    measured = both["random"]
     floor = permutation_floor(measured, shuffles=40)
+    # of an echo, whose R is 1, the floor is no higher: shuffling takes all reliance away
+    assert permutation_floor(both["echo"], shuffles=40).mean() == pytest.approx(expected_absolute_r(30), abs=0.02)
     assert floor.mean() == pytest.approx(expected_absolute_r(30), abs=0.01)
     assert iq(measured).R.mean() == pytest.approx(floor.mean(), abs=0.02)
 
