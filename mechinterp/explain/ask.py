@@ -137,7 +137,8 @@ def _pixels(model: HookedVLM, batch: ImageTextBatch, fill: Fill) -> Part:
             reference = blurred(pixels)
         case _:
             assert_never(fill)
-    return Part("patch", pixels, reference, patch_owner(*pixels.shape[-2:], rows, columns))
+    height, width = pixels.shape[-2:]
+    return Part("patch", pixels, reference, patch_owner(height, width, rows, columns))
 
 
 def _words(words: Words, rows: int, fill: WordFill, first: int) -> Part:

@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp.explain.question import ElementExplainer, Question
+from mechinterp.explain.shake import shaken
 from mechinterp.explain.tabular import Function, TabularExplainer
 from mechinterp.explain.tabular import shapley_by_size as _by_size
 
-__all__ = ["rbp", "shapley_rbp", "with_rbp_rows"]
+__all__ = ["rbp", "shapley_rbp", "with_rbp", "with_rbp_rows"]
 
 STRENGTH, PERTURBATIONS, NOISE, LEAST = 0.1, 3, 0.05, 0.05
 
@@ -41,6 +43,39 @@ def rbp(
     weight = torch.ones_like(moved[..., 0]) if kept is None else kept.to(moved.dtype)
     delta = (moved * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
     return a / (1 + strength * delta)
+
+
+def with_rbp(
+    explain: ElementExplainer,
+    strength: float = STRENGTH,
+    perturbations: int = PERTURBATIONS,
+    noise: float = NOISE,
+    tolerance: float = float("inf"),
+    as_written: bool = False,
+    antithetic: bool = False,
+) -> ElementExplainer:
+    """An explainer of any Question made robust by RBP: x and its perturbed copies go through `explain` in one call.
+
+    All parts of a question are perturbed together, so that patches and words cost no more than patches alone: 1 +
+    `perturbations` explanations.
+
+    Args:
+        noise: share of each element's size (see `shaken`).
+        tolerance: a perturbation that moves the output by more is left out.
+        antithetic: perturbations in pairs of opposite sign; their number must be even.
+    """
+
+    def explained(question: Question, generator: torch.Generator) -> Float[Tensor, "row element"]:
+        near = shaken(question, perturbations, noise, generator, antithetic)
+        shape = (len(question), 1 + perturbations)
+        found = explain(near, generator).view(*shape, question.count)
+        if tolerance == float("inf"):
+            return rbp(found[:, 0], found[:, 1:], strength, None, as_written)
+        y = near.score().view(shape)
+        kept = (y[:, 1:] - y[:, :1]).abs() <= tolerance
+        return rbp(found[:, 0], found[:, 1:], strength, kept, as_written)
+
+    return explained
 
 
 def with_rbp_rows(
