@@ -1,0 +1,141 @@
+"""Explainers that follow the gradient of the score between reference and input, over any Question.
+
+Each has a form that gives relevance at every position of the inputs (`*_values`: pixels, coordinates of a word vector)
+and one that sums it over elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.explain.question import Question, Values
+
+__all__ = [
+    "gradient_shap",
+    "gradient_shap_values",
+    "gradient_times_input",
+    "gradient_times_input_values",
+    "integrated_gradients",
+    "integrated_gradients_values",
+    "noisy_references",
+]
+
+STEPS, SAMPLES = 16, 8
+NOISE = 0.1  # of GradientSHAP's references, beside the spread of input minus reference
+
+
+def gradient_times_input(question: Question, generator: torch.Generator) -> Float[Tensor, "row element"]:
+    """Gradient times distance from the reference (Shrikumar et al. 2017, section 2), summed over each element."""
+    return _by_element(question, 1, gradient_times_input_values)
+
+
+def integrated_gradients(
+    question: Question, generator: torch.Generator, steps: int = STEPS
+) -> Float[Tensor, "row element"]:
+    """Integrated gradients (Sundararajan et al. 2017, eq. 1) from the reference, summed over each element.
+
+    A row sums to its score minus that of its reference, up to the error of `steps` Gauss-Legendre points. Costs `steps`
+    forward and backward passes a row.
+    """
+    return _by_element(question, steps, lambda piece: integrated_gradients_values(piece, steps))
+
+
+def gradient_shap(
+    question: Question, generator: torch.Generator, samples: int = SAMPLES
+) -> Float[Tensor, "row element"]:
+    """GradientSHAP, that is expected gradients (Erion et al. 2021, eq. 3), from noisy references, over each element.
+
+    `samples` points in pairs that mirror each other: (alpha, noise) and (1 - alpha, -noise); an odd number is raised by
+    one. Draws are shared by all rows.
+    """
+    half = -(-samples // 2)
+    alpha = torch.rand(half, generator=generator)
+    noise = tuple(torch.randn(half, *part.value.shape[1:], generator=generator) for part in question.parts)
+    device = question.parts[0].value.device
+    alpha = torch.cat([alpha, 1 - alpha]).to(device)
+    noise = tuple(torch.cat([one, -one]).to(device) for one in noise)
+    return _by_element(
+        question, 2 * half, lambda piece: gradient_shap_values(piece, alpha, noisy_references(piece, noise))
+    )
+
+
+def gradient_times_input_values(question: Question) -> Values:
+    """Gradient times distance from the reference at every position of every part."""
+    gradients, _ = question.gradients(question.values)
+    return tuple(g * (p.value - p.reference) for g, p in zip(gradients, question.parts, strict=True))
+
+
+def integrated_gradients_values(question: Question, steps: int = STEPS) -> Values:
+    """Integrated gradients at every position of every part; memory `row * steps` inputs."""
+    alpha, weight = (torch.from_numpy(one) for one in _gauss_legendre(steps))
+    references = tuple(part.reference[:, None] for part in question.parts)
+    return _along(question, alpha, weight, references)
+
+
+def gradient_shap_values(question: Question, alpha: Float[Tensor, " sample"], references: Values) -> Values:
+    """Mean over samples of gradient(r + alpha (x - r)) times (x - r), at every position.
+
+    Args:
+        alpha: place on the path of each sample.
+        references: for each part `[row, sample, ...]`.
+    """
+    return _along(question, alpha, torch.full_like(alpha, 1 / len(alpha)), references)
+
+
+def noisy_references(question: Question, noise: Values) -> Values:
+    """References `[row, sample, ...]` with noise `[sample, ...]` of 0.1 standard deviations of input minus reference.
+
+    The deviation is taken over the positions of a row, so a part that equals its reference gets no noise.
+    """
+    found = []
+    for part, one in zip(question.parts, noise, strict=True):
+        away = (part.value - part.reference).flatten(1)
+        size = NOISE * away.std(1, correction=0).view(-1, *(1,) * one.ndim)
+        found.append(part.reference[:, None] + size * one.to(away.dtype))
+    return tuple(found)
+
+
+def _along(
+    question: Question, alpha: Float[Tensor, " point"], weight: Float[Tensor, " point"], references: Values
+) -> Values:
+    """Sum over points of weight times gradient at `r + alpha (x - r)` times `x - r`; r `[row, 1 or point, ...]`."""
+    away, points, rows = [], [], len(question)
+    for part, reference in zip(question.parts, references, strict=True):
+        shape = (1, -1, *(1,) * (part.value.ndim - 1))
+        distance = part.value[:, None] - reference
+        away.append(distance)
+        points.append((reference + alpha.to(distance).view(shape) * distance).flatten(0, 1))
+    gradients, _ = question.gradients(tuple(points))
+    found = []
+    for gradient, distance in zip(gradients, away, strict=True):
+        shape = (1, -1, *(1,) * (distance.ndim - 2))
+        weighted = gradient.unflatten(0, (rows, len(alpha))) * weight.to(gradient).view(shape)
+        one = distance.shape[1] == 1
+        found.append(weighted.sum(1) * distance[:, 0] if one else (weighted * distance).sum(1))
+    return tuple(found)
+
+
+def _by_element(
+    question: Question, points: int, relevance: Callable[[Question], Values]
+) -> Float[Tensor, "row element"]:
+    """Relevance summed over elements, a few rows at a time so that rows times points stay within the chunk."""
+    return torch.cat([piece.gathered(relevance(piece)).detach() for piece in _pieces(question, points)])
+
+
+def _pieces(question: Question, points: int) -> Iterator[Question]:
+    step = max(1, question.chunk // points)
+    for start in range(0, len(question), step):
+        yield question[start : start + step]
+
+
+@lru_cache
+def _gauss_legendre(steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points in (0, 1) and their weights."""
+    at, weight = np.polynomial.legendre.leggauss(steps)
+    return (1 + at) / 2, weight / 2
