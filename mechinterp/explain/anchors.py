@@ -1,4 +1,4 @@
-"""Anchors: attributions that are no explanations, and one that cannot be beaten. They show what a score gives to them."""
+"""Anchors: attributions that explain nothing, and one that cannot be beaten. They show what a score gives to them."""
 
 from __future__ import annotations
 
