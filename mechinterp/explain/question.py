@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -69,6 +69,7 @@ class Part:
         return sums.index_add_(1, owner.where(owner >= 0, count), relevance.flatten(1))[:, :count]
 
 
+@runtime_checkable
 class Inner(Protocol):
     """What Grad-CAM needs of a function that is not a HookedVLM."""
 
@@ -191,6 +192,7 @@ class Question:
         )
 
 
+@runtime_checkable
 class ElementExplainer(Protocol):
     """What every explainer is, seen from the metrics: a number for every row and element."""
 

@@ -55,7 +55,9 @@ def words_of(model: HookedVLM, target: Target) -> Words:
     """The words that the model reads for a target. Raises UsageError where the model reads none."""
     ids, mask = _prompt_of(model, target)
     special = set(model.tokenizer.all_special_ids)
-    image = image_mask(model.hf, ids) if isinstance(model.table.head, Generative) else torch.zeros_like(ids).bool()
+    image = (
+        image_mask(model.hf, ids[None])[0] if isinstance(model.table.head, Generative) else torch.zeros_like(ids).bool()
+    )
     wanted = [i for i, token in enumerate(ids.tolist()) if token not in special and not image[i]]
     if not wanted:
         raise UsageError("no word to explain", where=f"target {target.name!r}")
@@ -104,7 +106,8 @@ def score_words(
                 against = model.encode_text([target.negative])[0]
             return score - unit[0] @ (against / against.norm()) * model.hf.logit_scale.exp()
         case Generative():
-            batch = ImageTextBatch(features, ids, torch.ones_like(ids))  # its pixels are not read
+            no_pixels = features.new_empty(len(ids), 0, 0, 0)  # the features stand in their place
+            batch = ImageTextBatch(no_pixels, ids, torch.ones_like(ids))
             with model.hooks(fwd_hooks=[(POINT, put)]), model.attached():
                 return score_features(model, features, batch, [target])[:, 0]
         case Classifier() | Features():
