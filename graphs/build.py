@@ -14,6 +14,7 @@ from torch import Tensor
 from graphs.certificate import certify
 from graphs.frozen.parts import FrozenPass
 from graphs.graph import AttributionGraph, GraphOutput, Outputs
+from graphs.halves import output_shares
 from graphs.layout import Layout
 from graphs.nodes import NodeType
 from graphs.replace import Direction, Mode, Replacement
@@ -62,9 +63,8 @@ def build_graph(
     replacement = Replacement(frozen, dictionaries, mode, direction)
     layout = Layout(replacement)
     sweep, rows = Sweep(replacement, layout, batch), Rows(layout)
-    weights = _output_weights(frozen, layout)
     features = layout.nodes.is_type(NodeType.FEATURE)
-    _expand(sweep, rows, torch.arange(layout.outputs, len(layout.nodes)))
+    weights = _outputs(sweep, rows, frozen, layout)
     wanted = int(features.sum()) if max_features is None else min(max_features, int(features.sum()))
     steps = 1 if wanted == int(features.sum()) else min(rounds, wanted)
     for step in range(steps):
@@ -79,8 +79,8 @@ def build_graph(
     influence = rows.influence(weights)
     matrix, targets, rest = rows.assemble(row_mass)
     outputs = Outputs(
-        GraphOutput(r.name, r.kind, float(r.weight), float(r.value), layout.outputs + k)
-        for k, r in enumerate(frozen.readouts)
+        GraphOutput(r.name, r.kind, float(r.weight), float(r.value), layout.outputs + k, share)
+        for k, (r, share) in enumerate(zip(frozen.readouts, weights[layout.outputs :].tolist(), strict=True))
     )
     meta = _meta(replacement) | {"max_features": max_features, "rounds": steps, "row_mass": row_mass}
     graph = AttributionGraph(layout.nodes.with_influence(influence), matrix, targets, rest, outputs, meta)
@@ -95,11 +95,14 @@ def _expand(sweep: Sweep, rows: Rows, targets: Tensor) -> None:
             rows.add(batch)
 
 
-def _output_weights(frozen: FrozenPass, layout: Layout) -> Float[Tensor, " node"]:
-    """Weight of each node as an output: absolute, summing to one."""
+def _outputs(sweep: Sweep, rows: Rows, frozen: FrozenPass, layout: Layout) -> Float[Tensor, " node"]:
+    """Expand the outputs; the share of the influence that begins at each node."""
     weights = torch.zeros(len(layout.nodes), dtype=layout.nodes.activation.dtype)
-    given = torch.tensor([abs(r.weight) for r in frozen.readouts], dtype=weights.dtype)
-    weights[layout.outputs :] = given / given.sum() if given.sum() > 0 else 1 / len(given)
+    mass = torch.zeros_like(weights)
+    for nodes, edges in sweep.rows(torch.arange(layout.outputs, len(layout.nodes))):
+        mass[nodes] = edges.abs().sum(0)
+        rows.add((nodes, edges))
+    weights[layout.outputs :] = output_shares(frozen.readouts, mass[layout.outputs :])
     return weights
 
 

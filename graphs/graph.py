@@ -26,9 +26,10 @@ class GraphOutput:
     Args:
         name: what is said, such as "pneumonia" or "similarity (image half)".
         kind: "logit", "contrast", "similarity", "report token", "feature", ...
-        weight: its share in the graph's influence.
+        weight: `weight * value` over the outputs of one score adds up to the score.
         value: the model's own number.
         node: its row in the NodeTable.
+        share: of the influence, what begins here (`graphs.halves`); None where that is |weight|.
     """
 
     name: str
@@ -36,6 +37,7 @@ class GraphOutput:
     weight: float
     value: float
     node: int
+    share: float | None = None
 
 
 class Outputs(tuple[GraphOutput, ...]):
@@ -43,8 +45,14 @@ class Outputs(tuple[GraphOutput, ...]):
 
     @property
     def weights(self) -> Float[Tensor, " output"]:
-        """Share of each output, float64."""
+        """Weight of each output, float64."""
         return torch.tensor([o.weight for o in self], dtype=torch.float64)
+
+    @property
+    def shares(self) -> Float[Tensor, " output"]:
+        """What part of the influence begins at each output: non-negative, summing to 1, float64."""
+        found = torch.tensor([abs(o.weight) if o.share is None else o.share for o in self], dtype=torch.float64)
+        return found / found.sum()
 
     @property
     def nodes(self) -> Int[Tensor, " output"]:

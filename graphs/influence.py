@@ -83,8 +83,8 @@ def edges_of(graph: AttributionGraph) -> Edges:
 
 def output_weights(graph: AttributionGraph) -> Float[Tensor, " node"]:
     """The share of each output at its node: non-negative, summing to 1; 0 for every other node."""
-    weights = graph.output_weights().double().abs()
-    return weights / weights.sum()
+    found = torch.zeros(len(graph.nodes), dtype=torch.float64)
+    return found.index_add_(0, graph.outputs.nodes, graph.outputs.shares)
 
 
 def shares(edges: Edges) -> Float[Tensor, " edge"]:

@@ -103,7 +103,14 @@ def _described(graph: AttributionGraph) -> dict[str, Any]:
         "freezes": graph.meta.get("freezes", []),
         "towers": list(nodes.towers),
         "outputs": [
-            {"name": o.name, "kind": o.kind, "weight": o.weight, "value": o.value, "id": nodes.ids[o.node]}
+            {
+                "name": o.name,
+                "kind": o.kind,
+                "weight": o.weight,
+                "share": o.share,
+                "value": o.value,
+                "id": nodes.ids[o.node],
+            }
             for o in graph.outputs
         ],
         "nodes": [
@@ -144,7 +151,14 @@ def _assembled(about: dict[str, Any], tensors: dict[str, Tensor]) -> Attribution
     if not all(torch.isfinite(tensors[name]).all() for name in ("values", "rest", "nodes.pre", "nodes.constant")):
         raise ValueError("it has numbers that are not finite")
     outputs = Outputs(
-        GraphOutput(str(o["name"]), str(o["kind"]), float(o["weight"]), float(o["value"]), nodes.index(o["id"]))
+        GraphOutput(
+            str(o["name"]),
+            str(o["kind"]),
+            float(o["weight"]),
+            float(o["value"]),
+            nodes.index(o["id"]),
+            None if o.get("share") is None else float(o["share"]),
+        )
         for o in about["outputs"]
     )
     meta = json.loads(canonical_json(about["meta"]))

@@ -15,7 +15,9 @@ from test_graphs_sweep import dictionaries
 
 from graphs.build import build_graph
 from graphs.frozen import freeze
+from graphs.frozen.parts import Readout
 from graphs.graph import AttributionGraph
+from graphs.halves import output_shares
 from graphs.influence import influence
 from graphs.nodes import NodeType
 from graphs.pairs import pair_matrix
@@ -233,3 +235,35 @@ def test_both_halves_and_the_pair_matrix_sum_to_the_similarity():
         found = {name: w for name, w in zip(ids, margin.tolist(), strict=True) if name in edges}
         assert found.keys() == edges.keys()
         assert max(abs(found[name] - edges[name]) for name in edges) < 1e-10
+
+
+def test_the_halves_of_a_score_are_one_output():
+    """Influence of a CLIP graph is that of one row that holds the edges of all halves, whatever their sizes."""
+    model = bundled_model("phantom-clip")
+    frozen = freeze(model, model.prepare(image(), [TARGET]), [Contrast(TARGET)], dtype=torch.float64)
+    graph = build_graph(frozen, transcoders_of(model), max_features=40)
+    n, first = len(graph.nodes), min(o.node for o in graph.outputs)
+    rows = torch.zeros(n, n, dtype=torch.float64)
+    rows[graph.targets] = graph.dense().abs()
+    score = sum(o.weight * rows[o.node] for o in graph.outputs)
+    # conservation: the weighted halves are the score, edges and constants together
+    whole = sum(o.weight * float(graph.in_edges(o.node)[1].sum() + graph.nodes.constant[o.node]) for o in graph.outputs)
+    assert whole == pytest.approx(float(graph.outputs[0].value), abs=1e-9)
+    share = rows / rows.sum(1, keepdim=True).clamp_min(1e-300)
+    below = torch.linalg.inv(torch.eye(first, dtype=torch.float64) - share[:first, :first])
+    expected = (score / score.sum())[:first] @ below
+    torch.testing.assert_close(graph.nodes.influence[:first], expected, rtol=1e-9, atol=1e-12)
+    assert sum(o.share for o in graph.outputs) == pytest.approx(1) and graph.outputs[0].share > 0.5
+
+
+def test_outputs_by_themselves_keep_their_weights():
+    def readout(weight, part_of=""):
+        seed = torch.zeros(1, 1)
+        return Readout("r", "logit", 0, seed, 0.0, 0.0, weight, part_of=part_of)
+
+    mass = torch.tensor([1.0, 9.0, 3.0, 1.0])
+    assert output_shares([readout(1.0), readout(-3.0)], mass[:2]).tolist() == pytest.approx([0.25, 0.75])
+    mixed = [readout(1.0), readout(0.5, "a"), readout(0.5, "a"), readout(0.5, "b")]
+    assert output_shares(mixed, mass).tolist() == pytest.approx([1 / 3, 1 / 4, 1 / 12, 1 / 3])
+    assert output_shares([readout(0.0)] * 2, mass[:2]).tolist() == [0.5, 0.5]
+    assert output_shares([readout(0.5, "a")] * 2, torch.zeros(2)).tolist() == [0.5, 0.5]

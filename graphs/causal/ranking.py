@@ -30,8 +30,7 @@ def node_effects(
 
     Samples: "active", drawn from all active features with influence (those that cannot reach the output are left out,
     being predicted without effort); "pruned", the most influential of the pruned graph, at most `n_nodes`; and the part
-    of each that lies in one tower ("active, vision"). Between the towers of a dual encoder influences do not compare:
-    each half of a similarity is given the same influence in all, whatever part of the score it is.
+    of each that lies in one tower ("active, vision").
     """
     draws = np.random.default_rng(seed)
     strength = influence(graph).numpy()

@@ -191,8 +191,7 @@ def _node(
         }
     elif node.type == NodeType.OUTPUT:
         number = next(k for k, o in enumerate(graph.outputs) if o.node == node.index)
-        total = float(graph.outputs.weights.abs().sum()) or 1.0
-        share = abs(graph.outputs[number].weight) / total
+        share = float(graph.outputs.shares[number])
         made |= {
             "node_id": f"{axes.n_layers + 1}_{number}_{context}",
             "feature": number,

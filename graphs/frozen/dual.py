@@ -2,7 +2,7 @@
 
 A cosine is bilinear: with both lengths held, the image half is linear in the image stream, and the text half in the
 text stream, and each of the two by itself sums to the score. They are two ways to take one number apart, so each has
-weight 1/2 in a joint graph.
+weight 1/2 in a joint graph; how much of the influence begins at each is another matter (`graphs.halves`).
 """
 
 from __future__ import annotations
@@ -91,13 +91,12 @@ def _halves(
     seed, constant = heads[0].pull(direction * (scale / image.norm()))
     offset = bias * sum(sign for sign, _, _ in terms)
     value = sum(sign * v for (sign, _, _), v in zip(terms, values, strict=True))
-    found = [Readout(f"{name} (image half)", kind, 0, seed, constant + offset, value, 0.5)]
+    found = [Readout(f"{name} (image half)", kind, 0, seed, constant + offset, value, 0.5, part_of=name)]
     for (sign, stack, caption), v in zip(terms, values, strict=True):
         text = texts[stack - 1]
         seed, constant = heads[stack].pull(image / image.norm() * (sign * scale / text.norm()))
-        found.append(
-            Readout(f"{name} (text half: {caption})", kind, stack, seed, constant + sign * bias, sign * v, 0.5)
-        )
+        half = f"{name} (text half: {caption})"
+        found.append(Readout(half, kind, stack, seed, constant + sign * bias, sign * v, 0.5, part_of=name))
     return found
 
 

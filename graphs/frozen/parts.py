@@ -178,6 +178,7 @@ class Readout:
     The stream is the last one, or that of block `layer`: after its attention (`point` "mid") or after all of it
     ("post"). `value` is the output's own value from the true forward pass. `weight` is its share in a joint graph: over
     the readouts of one output, `weight * value` adds up to its value (of several logits, to their mean).
+    `part_of` names the score that a readout is a half of; empty where it is an output by itself.
     """
 
     name: str
@@ -189,6 +190,7 @@ class Readout:
     weight: float = 1.0
     layer: int = -1
     point: Literal["mid", "post"] = "post"
+    part_of: str = ""
 
 
 @dataclass(frozen=True, eq=False)
