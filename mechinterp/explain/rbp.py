@@ -18,7 +18,7 @@ from mechinterp.explain.shake import shaken
 from mechinterp.explain.tabular import Function, TabularExplainer
 from mechinterp.explain.tabular import shapley_by_size as _by_size
 
-__all__ = ["rbp", "shapley_rbp", "with_rbp", "with_rbp_rows"]
+__all__ = ["rbp", "shapley_rbp", "shares", "with_rbp", "with_rbp_rows"]
 
 STRENGTH, PERTURBATIONS, NOISE, LEAST = 0.1, 3, 0.05, 0.05
 
@@ -38,7 +38,7 @@ def rbp(
         strength: lambda.
         kept: which perturbations left the prediction as it was (default all); a row with none is not shrunk.
     """
-    a, b = (attribution, around) if as_written else (_scaled(attribution), _scaled(around))
+    a, b = (attribution, around) if as_written else (shares(attribution), shares(around))
     moved = (b - a[:, None]).abs()
     weight = torch.ones_like(moved[..., 0]) if kept is None else kept.to(moved.dtype)
     delta = (moved * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
@@ -128,6 +128,7 @@ def shapley_rbp(strength: float = STRENGTH) -> TabularExplainer:
     return explained
 
 
-def _scaled(a: Float[Tensor, "*batch element"]) -> Float[Tensor, "*batch element"]:
+def shares(a: Float[Tensor, "*batch element"]) -> Float[Tensor, "*batch element"]:
+    """The attribution scaled to sum|a| = 1; zeros stay zeros."""
     total = a.abs().sum(-1, keepdim=True)
     return torch.where(total > 0, a / torch.where(total > 0, total, 1.0), a)

@@ -27,6 +27,7 @@ __all__ = [
     "integrated_gradients",
     "kernel_shap",
     "lime",
+    "lime_times_input",
     "occlusion",
     "random",
     "shapley",
@@ -182,6 +183,13 @@ def lime(
     return torch.linalg.solve(left, torch.einsum("rs,rsi,rs->ri", weight, centred, answer))
 
 
+def lime_times_input(
+    f: Function, x: Float[Tensor, "row column"], reference: Float[Tensor, " column"], generator: torch.Generator
+) -> Float[Tensor, "row column"]:
+    """LIME's coefficients times distance from the reference: contributions, in the units of the other methods."""
+    return lime(f, x, reference, generator) * (x - reference)
+
+
 def random(
     f: Function, x: Float[Tensor, "row column"], reference: Float[Tensor, " column"], generator: torch.Generator
 ) -> Float[Tensor, "row column"]:
@@ -212,6 +220,7 @@ EXPLAINERS: dict[str, TabularExplainer] = {
     "shapley": shapley,
     "kernel_shap": kernel_shap,
     "lime": lime,
+    "lime_times_input": lime_times_input,
     "random": random,
     "constant": constant,
     "echo": echo,
