@@ -189,6 +189,15 @@ def test_few_positive_entries_and_ties():
     assert codes.row.tolist() == [0, 0, 1, 1, 2, 2]
     codes, _ = Encoder().row_topk(x, W, b, gain, 4)
     assert codes.latent.tolist() == [7, 9] * 6
+    codes, value = Encoder().row_topk(x, W, b + 1, gain, 5)  # 298 entries tie for three places: the first latents
+    assert codes.latent.tolist() == [0, 1, 2, 7, 9] * 6 and value.tolist() == [1.0, 1.0, 1.0, 3.0, 3.0] * 6
+
+
+def test_a_choice_among_nan_is_refused():
+    x, W = torch.ones(6, 2), torch.ones(300, 2)
+    x[4, 1] = torch.nan
+    with pytest.raises(FloatingPointError, match="not a number"):
+        Encoder().row_topk(x, W, torch.zeros(300), torch.ones(300), 5)
 
 
 def test_a_guess_that_was_too_high_changes_nothing():
