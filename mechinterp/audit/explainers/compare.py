@@ -1,0 +1,123 @@
+"""Measure many explainers on the same images of one model: one set of perturbations, removals and masks for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from mechinterp.audit.evidence import prepare
+from mechinterp.audit.explainers.choose import chosen_rows, masks_of
+from mechinterp.data import ImageData
+from mechinterp.explain.ask import about_image
+from mechinterp.explain.methods import Method, applies
+from mechinterp.explain.question import Question
+from mechinterp.metrics.iq import IQScores, Measurement, iq, permutation_floor
+from mechinterp.metrics.iq.ask import Bench, effects_of, stage
+from mechinterp.models import HookedVLM
+from mechinterp.progress import progress
+from mechinterp.types import Target
+
+__all__ = ["Comparison", "Effort", "Judged", "compare"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Args:
+        images: test images, one a patient.
+        draws: perturbations of each, for R (30 or more; with fewer, its floor by chance rises).
+        noise: of the perturbation, relative to each patch.
+        masks: names of attributes whose masks maps are held beside, the target's own apart.
+    """
+
+    images: int = 6
+    draws: int = 30
+    noise: float = 0.05
+    masks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One explainer on all images.
+
+    Args:
+        attribution: `[image, element]` at the images themselves.
+        scores: IQ with effects from the judge's filling (blur), which no explainer used.
+        F_own: F_dist against effects of the explainers' own filling (grey), shown beside.
+        floor: R with outputs shuffled, mean over shuffles, of each image.
+        seconds: for one explanation of one image, all copies explained together.
+    """
+
+    method: Method
+    attribution: Float[np.ndarray, "image element"]
+    scores: IQScores
+    F_own: Float[np.ndarray, " image"]
+    floor: Float[np.ndarray, " image"]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Explainers of one target of one model on the same images.
+
+    `masks` gives, for each attribute with masks, shares of patches covered and for which images they are known.
+    """
+
+    model: HookedVLM
+    target: Target
+    question: Question
+    rows: np.ndarray
+    patients: tuple[str, ...]
+    judged: dict[str, Judged]
+    masks: dict[str, tuple[Float[np.ndarray, "image element"], Bool[np.ndarray, " image"]]]
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def compare(
+    model: HookedVLM,
+    data: ImageData,
+    target: Target,
+    methods: Mapping[str, Method],
+    effort: Effort,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+) -> Comparison:
+    """Explain, perturb, explain again, remove; for every method that can answer a question about this model's patches.
+
+    Explainers fill removed patches with mean grey; F is judged with the image's own blur as the filling, so that no
+    method is scored by the operation that made it.
+
+    Raises DataError without labelled test patients.
+    """
+    picked = chosen_rows(data, target.name, effort.images, seed) if rows is None else np.asarray(rows)
+    batch = prepare(model, data, picked, target)
+    question = about_image(model, batch, target, "grey")
+    bench = stage(question, about_image(model, batch, target, "blur"), effort.draws, effort.noise, seed)
+    own = effects_of(question).double().numpy()
+    judged: dict[str, Judged] = {}
+    refused: dict[str, str] = {}
+    for name, method in progress(list(methods.items()), "explainers", unit="method"):
+        if not applies(method, question):
+            refused[name] = f"does not apply to a {model.family} model"
+            continue
+        judged[name] = _judge(method, bench, own, seed)
+    attribute = data.target_attribute(target.name)
+    wanted = ((attribute,) if attribute else ()) + tuple(name for name in effort.masks if name != attribute)
+    masks = {name: masks_of(model, data, name, picked) for name in wanted}
+    patients = tuple(data.patients[int(row)] for row in picked)
+    return Comparison(model, target, question, picked, patients, judged, masks, refused)
+
+
+def _judge(method: Method, bench: Bench, own: Float[np.ndarray, "image element"], seed: int) -> Judged:
+    attributions, seconds = bench.explain(method.explain, seed)
+    measured = bench.measurement(attributions)
+    own_effects = Measurement(
+        measured.attribution, measured.output, measured.attributions, measured.outputs, own, tolerance=bench.tolerance
+    )
+    with np.errstate(invalid="ignore"):
+        floor = np.nanmean(permutation_floor(measured, 20, seed), axis=0)
+    return Judged(method, attributions[:, 0], iq(measured), iq(own_effects).F_dist, floor, seconds)
