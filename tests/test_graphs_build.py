@@ -245,7 +245,7 @@ def test_the_halves_of_a_score_are_one_output():
     n, first = len(graph.nodes), min(o.node for o in graph.outputs)
     rows = torch.zeros(n, n, dtype=torch.float64)
     rows[graph.targets] = graph.dense().abs()
-    score = sum(o.weight * rows[o.node] for o in graph.outputs)
+    score = graph.outputs.weights @ rows[graph.outputs.nodes]
     # conservation: the weighted halves are the score, edges and constants together
     whole = sum(o.weight * float(graph.in_edges(o.node)[1].sum() + graph.nodes.constant[o.node]) for o in graph.outputs)
     assert whole == pytest.approx(float(graph.outputs[0].value), abs=1e-9)
@@ -253,7 +253,7 @@ def test_the_halves_of_a_score_are_one_output():
     below = torch.linalg.inv(torch.eye(first, dtype=torch.float64) - share[:first, :first])
     expected = (score / score.sum())[:first] @ below
     torch.testing.assert_close(graph.nodes.influence[:first], expected, rtol=1e-9, atol=1e-12)
-    assert sum(o.share for o in graph.outputs) == pytest.approx(1) and graph.outputs[0].share > 0.5
+    assert graph.outputs.shares.sum() == pytest.approx(1) and graph.outputs.shares[0] > 0.5
 
 
 def test_outputs_by_themselves_keep_their_weights():

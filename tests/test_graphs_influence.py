@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from graphs.graph import csr
 from graphs.influence import edges_of, influence, output_weights, total_effect, with_influence
 from graphs.nodes import NodeType
 from graphs.scores import scores
+from graphs.support import support
 from mechinterp.errors import UsageError
 from tests.graph_scenes import lot
 
@@ -43,6 +45,29 @@ def test_influence_is_the_inverse(case):
     assert output_weights(graph).sum() == pytest.approx(1)
     ends = ~graph.expanded
     assert found[ends].sum() == pytest.approx(1)  # everything ends in a leaf
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_support_is_the_inverse_of_the_positive_part(case):
+    graph = lot(**case)
+    drive = square(graph).clamp_min(0)
+    share = drive / drive.sum(1, keepdim=True).clamp_min(1e-300)
+    found = support(graph)
+    torch.testing.assert_close(found, output_weights(graph) @ closed(share), rtol=1e-12, atol=1e-14)
+    assert found.min() >= 0 and found[~graph.expanded].sum() <= 1 + 1e-12
+
+
+def test_support_leaves_out_what_lowers():
+    """With every edge positive it is influence; a source whose only edges are negative has none."""
+    graph = lot(seed=0)
+    _, source, weight = graph.edges
+    crow, shape = graph.weights.crow_indices(), (len(graph.targets), len(graph.nodes))
+    up = replace(graph, weights=csr(crow, source, weight.abs(), shape))
+    torch.testing.assert_close(support(up), influence(up), rtol=1e-12, atol=1e-14)
+    loud = int(influence(graph).masked_fill(graph.expanded, 0).argmax())
+    turned = torch.where(source == loud, -weight.abs(), weight)
+    down = replace(graph, weights=csr(crow, source, turned, shape))
+    assert support(down)[loud] == 0 < influence(down)[loud]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import planted as curves
-from benchmarks.graph_causal import concentration
+from benchmarks.graph_lesions import concentration, cover_of, measures
 from graphs.build import build_graph
 from graphs.causal.changes import FeatureAt, features_of, scaled
 from graphs.causal.lab import Lab
@@ -246,12 +246,14 @@ def test_influence_lies_where_the_lesion_is(planted):
     _, graph = graph_of(planted, image, "pneumonia")
     mask = np.zeros((32, 32), dtype=bool)
     mask[8:16, 16:24] = mask[24:, :8] = True
-    found = concentration(graph, mask, planted.model)
-    assert found["influence"] == pytest.approx(8.0, abs=1e-3) and found["total effect"] == pytest.approx(8.0, abs=1e-3)
     half = np.zeros((32, 32), dtype=bool)
     half[8:16, 16:20] = True  # half of one of the patches
-    assert concentration(graph, half, planted.model)["influence"] == pytest.approx(8.0, abs=0.1)
-    assert concentration(graph, ~mask, planted.model)["influence"] < 1e-3
+    for name, sizes in measures(graph).items():
+        inside, outside, part = (
+            concentration(sizes, cover_of(m, planted.model.grid_shape)) for m in (mask, ~mask, half)
+        )
+        assert inside == pytest.approx(8.0, abs=1e-3) and outside < 1e-3, name
+        assert part == pytest.approx(8.0, abs=0.1), name
 
 
 def test_curves_fall(tmp_path):
