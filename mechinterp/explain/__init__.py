@@ -1,13 +1,22 @@
-"""Post-hoc explainers behind one signature: `METHODS[name](model, batch, target) -> [batch, height, width]`."""
+"""Post-hoc explainers behind one signature: `METHODS[name](model, batch, target) -> [batch, height, width]`.
 
-from mechinterp.explain.cam import grad_cam
+The same methods answer a Question about patches, words, both, or any function: `ELEMENT_METHODS[name].explain(question,
+generator) -> [row, element]`.
+"""
+
 from mechinterp.explain.maps import Explainer, MapStatus, check_map
-from mechinterp.explain.pixels import integrated_gradients, occlusion
+from mechinterp.explain.methods import ELEMENT_METHODS, Method, applies
+from mechinterp.explain.pixels import METHODS, grad_cam, integrated_gradients, occlusion
 
-__all__ = ["METHODS", "Explainer", "MapStatus", "check_map", "grad_cam", "integrated_gradients", "occlusion"]
-
-METHODS: dict[str, Explainer] = {
-    "integrated_gradients": integrated_gradients,
-    "grad_cam": grad_cam,
-    "occlusion": occlusion,
-}
+__all__ = [
+    "ELEMENT_METHODS",
+    "METHODS",
+    "Explainer",
+    "MapStatus",
+    "Method",
+    "applies",
+    "check_map",
+    "grad_cam",
+    "integrated_gradients",
+    "occlusion",
+]

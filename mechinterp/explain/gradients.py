@@ -23,7 +23,9 @@ __all__ = [
     "gradient_times_input_values",
     "integrated_gradients",
     "integrated_gradients_values",
+    "mirrored",
     "noisy_references",
+    "pieces",
 ]
 
 STEPS, SAMPLES = 16, 8
@@ -54,15 +56,19 @@ def gradient_shap(
     `samples` points in pairs that mirror each other: (alpha, noise) and (1 - alpha, -noise); an odd number is raised by
     one. Draws are shared by all rows.
     """
-    half = -(-samples // 2)
-    alpha = torch.rand(half, generator=generator)
-    noise = tuple(torch.randn(half, *part.value.shape[1:], generator=generator) for part in question.parts)
-    device = question.parts[0].value.device
-    alpha = torch.cat([alpha, 1 - alpha]).to(device)
-    noise = tuple(torch.cat([one, -one]).to(device) for one in noise)
+    alpha, noise = mirrored(question, samples, generator)
     return _by_element(
-        question, 2 * half, lambda piece: gradient_shap_values(piece, alpha, noisy_references(piece, noise))
+        question, len(alpha), lambda piece: gradient_shap_values(piece, alpha, noisy_references(piece, noise))
     )
+
+
+def mirrored(question: Question, samples: int, generator: torch.Generator) -> tuple[Tensor, Values]:
+    """Draws of `gradient_shap`: places on the path `[sample]`, and normal noise `[sample, ...]` for each part."""
+    half = -(-samples // 2)
+    device = question.parts[0].value.device
+    alpha = torch.rand(half, generator=generator).to(device)
+    noise = [torch.randn(half, *part.value.shape[1:], generator=generator).to(device) for part in question.parts]
+    return torch.cat([alpha, 1 - alpha]), tuple(torch.cat([one, -one]) for one in noise)
 
 
 def gradient_times_input_values(question: Question) -> Values:
@@ -125,10 +131,11 @@ def _by_element(
     question: Question, points: int, relevance: Callable[[Question], Values]
 ) -> Float[Tensor, "row element"]:
     """Relevance summed over elements, a few rows at a time so that rows times points stay within the chunk."""
-    return torch.cat([piece.gathered(relevance(piece)).detach() for piece in _pieces(question, points)])
+    return torch.cat([piece.gathered(relevance(piece)).detach() for piece in pieces(question, points)])
 
 
-def _pieces(question: Question, points: int) -> Iterator[Question]:
+def pieces(question: Question, points: int) -> Iterator[Question]:
+    """The question in pieces such that rows times `points` stay within its chunk, a row at least."""
     step = max(1, question.chunk // points)
     for start in range(0, len(question), step):
         yield question[start : start + step]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mechinterp.explain import anchors, coalitions, gradients
+from mechinterp.explain import anchors, attention, cam, coalitions, gradients
 from mechinterp.explain.question import ElementExplainer, Kind, Question
 
 __all__ = ["ELEMENT_METHODS", "BuiltFrom", "Method", "applies"]
@@ -59,6 +59,11 @@ _ALL = (
     Method("integrated_gradients", gradients.integrated_gradients, "gradient"),
     Method("occlusion", coalitions.occlusion, "single_fill"),
     Method("gradient_times_input", gradients.gradient_times_input, "gradient"),
+    Method("grad_cam", cam.grad_cam, "gradient", needs="features"),
+    Method("grad_cam_plus_plus", cam.grad_cam_plus_plus, "gradient", needs="features"),
+    Method("attention_rollout", attention.attention_rollout, "attention", READ, needs="model"),
+    Method("attention_flow", attention.attention_flow, "attention", READ, needs="model"),
+    Method("transmm", attention.transmm, "attention", READ, needs="model"),
     Method("rise", coalitions.rise, "subset_fill", stochastic=True),
     Method("random", anchors.random, "none", anchor=True, stochastic=True),
     Method("constant", anchors.constant, "none", anchor=True),
