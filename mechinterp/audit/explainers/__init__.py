@@ -2,5 +2,15 @@
 
 from mechinterp.audit.explainers.compare import Comparison, Effort, compare
 from mechinterp.audit.explainers.records import explainer_rows
+from mechinterp.audit.explainers.section import IN_AUDITS, Compared, compare_explainers, methods_of
 
-__all__ = ["Comparison", "Effort", "compare", "explainer_rows"]
+__all__ = [
+    "IN_AUDITS",
+    "Compared",
+    "Comparison",
+    "Effort",
+    "compare",
+    "compare_explainers",
+    "explainer_rows",
+    "methods_of",
+]

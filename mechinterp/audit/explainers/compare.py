@@ -64,7 +64,8 @@ class Judged:
 class Comparison:
     """Explainers of one target of one model on the same images.
 
-    `masks` gives, for each attribute with masks, shares of patches covered and for which images they are known.
+    `masks` gives, for each attribute asked for, shares of patches covered and for which images they are known; the
+    target's own comes first, if the data name it (`has_target_mask`).
     """
 
     model: HookedVLM
@@ -74,6 +75,7 @@ class Comparison:
     patients: tuple[str, ...]
     judged: dict[str, Judged]
     masks: dict[str, tuple[Float[np.ndarray, "image element"], Bool[np.ndarray, " image"]]]
+    has_target_mask: bool = False
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -109,7 +111,7 @@ def compare(
     wanted = ((attribute,) if attribute else ()) + tuple(name for name in effort.masks if name != attribute)
     masks = {name: masks_of(model, data, name, picked) for name in wanted}
     patients = tuple(data.patients[int(row)] for row in picked)
-    return Comparison(model, target, question, picked, patients, judged, masks, refused)
+    return Comparison(model, target, question, picked, patients, judged, masks, attribute is not None, refused)
 
 
 def _judge(method: Method, bench: Bench, own: Float[np.ndarray, "image element"], seed: int) -> Judged:

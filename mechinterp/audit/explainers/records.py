@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from mechinterp.audit.explainers.checks import check_fields, intervals
 from mechinterp.audit.explainers.compare import Comparison, Judged
+from mechinterp.metrics.sanity import Check
 from mechinterp.metrics.statistics import PatientBootstrap, percentile_interval
 
 __all__ = ["columns_of", "explainer_rows", "mean_and_interval"]
@@ -38,28 +40,35 @@ def columns_of(judged: Judged) -> dict[str, Float[np.ndarray, " image"]]:
 
 
 def explainer_rows(
-    made: Comparison, extra: Mapping[str, Mapping[str, Float[np.ndarray, " image"]]] | None = None, seed: int = 0
+    made: Comparison,
+    extra: Mapping[str, Mapping[str, Float[np.ndarray, " image"]]] | None = None,
+    checks: Mapping[str, Mapping[str, Check]] | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """One record a method: every score as mean over images, `ci95` over patients, statuses, seconds.
 
     Args:
-        extra: further per-image columns, `{column: {method: [image]}}`: localisation and sanity checks.
+        extra: further per-image columns, `{column: {method: [image]}}`: localisation.
+        checks: sanity checks of each method.
         seed: of the bootstrap.
     """
     rows = []
     for name, judged in made.judged.items():
         columns = columns_of(judged) | {c: by[name] for c, by in (extra or {}).items() if name in by}
         numbers = {c: mean_and_interval(v, made.patients, seed) for c, v in columns.items()}
+        of = (checks or {}).get(name, {})
         rows.append(
             {
                 "method": name,
                 "built_from": judged.method.built_from,
                 "anchor": judged.method.anchor,
                 "images": len(made.rows),
+                "auprc": None,
                 **{c: value for c, (value, _) in numbers.items()},
+                **check_fields(of),
                 "seconds": judged.seconds,
                 "statuses": dict(sorted(Counter(judged.scores.status).items())),
-                "ci95": {c: interval for c, (_, interval) in numbers.items()},
+                "ci95": {c: interval for c, (_, interval) in numbers.items()} | intervals(of),
             }
         )
     return rows

@@ -1,0 +1,95 @@
+"""Beside IQ: does the map lie on the truth, and does it change when the weights or the prompt are replaced?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from mechinterp.audit.evidence import prepare
+from mechinterp.audit.explainers.compare import Comparison
+from mechinterp.data import ImageData
+from mechinterp.errors import UsageError
+from mechinterp.explain.ask import about_image
+from mechinterp.explain.question import Question
+from mechinterp.metrics.localisation import localise
+from mechinterp.metrics.sanity import Check, Maps, nonsense, prompt_randomisation, weight_randomisation
+from mechinterp.models import HookedVLM
+from mechinterp.progress import progress
+from mechinterp.types import Target
+
+__all__ = ["SIMILARITY", "check_fields", "checked", "intervals", "located"]
+
+SIMILARITY = "spearman_abs"  # where the map is, not its direction: half the methods have no direction
+NONSENSE = 3  # prompts
+
+
+def located(made: Comparison, seed: int = 0) -> dict[str, dict[str, Float[np.ndarray, " image"]]]:
+    """Per-image columns of every method: `auprc` in the target's mask, its `auprc_chance`, and `mass NAME` of each mask.
+
+    Images without a mask are nan. `mass NAME` is the share of positive relevance inside over the area's share: 1 is
+    chance. Where the target has no masks, there is no `auprc`.
+    """
+    columns: dict[str, dict[str, np.ndarray]] = {}
+    for place, (name, (inside, known)) in enumerate(made.masks.items()):
+        if not known.any():
+            continue
+        for method, judged in made.judged.items():
+            found = localise(judged.attribution, inside, seed)
+            if place == 0 and made.has_target_mask:
+                columns.setdefault("auprc", {})[method] = np.where(known, found["auprc"].score.value, np.nan)
+                columns.setdefault("auprc_chance", {})[method] = np.where(known, found["auprc"].chance, np.nan)
+            columns.setdefault(f"mass {name}", {})[method] = np.where(known, found["mass_ratio"].score.value, np.nan)
+    return columns
+
+
+def checked(
+    made: Comparison, data: ImageData, others: Mapping[str, Target] | None = None, seed: int = 0
+) -> dict[str, dict[str, Check]]:
+    """Sanity checks of every method: `weights` (cascade over the vision tower), `nonsense`, and `prompt` (`others`).
+
+    A check that a model cannot have (a classifier has no prompt) is left out.
+    """
+
+    def ask(model: HookedVLM, target: Target) -> Question:
+        return about_image(model, prepare(model, data, made.rows, target), target)
+
+    found: dict[str, dict[str, Check]] = {}
+    for name, judged in progress(list(made.judged.items()), "sanity checks", unit="method"):
+        maps = Maps(ask, judged.method.explain, made.target, made.patients, seed)
+        found[name] = {"weights": weight_randomisation(maps, made.model, similarities=(SIMILARITY,), seed=seed)[0]}
+        try:
+            drawn = [nonsense(made.model, made.target, seed + i) for i in range(NONSENSE)]
+        except UsageError:
+            continue
+        found[name]["nonsense"] = prompt_randomisation(maps, made.model, drawn, similarities=(SIMILARITY,))[0]
+        if others:
+            listed = list(others.values())
+            found[name]["prompt"] = prompt_randomisation(
+                maps, made.model, listed, "prompt, other findings", (SIMILARITY,)
+            )[0]
+    return found
+
+
+FIELDS = {"weights": "randomisation", "nonsense": "prompt_randomisation", "prompt": "other_prompt"}
+
+
+def check_fields(checks: Mapping[str, Check]) -> dict[str, Any]:
+    """A method's checks as fields of its record: similarity (1: the map stayed as it was), baseline and verdict."""
+    fields: dict[str, Any] = {}
+    for key, field in FIELDS.items():
+        check = checks.get(key)
+        fields[field] = None if check is None or not np.isfinite(check.value) else check.value
+        fields[f"{field}_baseline"] = None if check is None or not np.isfinite(check.baseline) else check.baseline
+        fields[f"{field}_verdict"] = "not tested" if check is None else check.verdict
+    return fields
+
+
+def intervals(checks: Mapping[str, Check]) -> dict[str, list[float] | None]:
+    """Patient intervals of the similarities, by field."""
+    return {
+        field: list(checks[key].ci95) if key in checks and np.isfinite(checks[key].ci95).all() else None
+        for key, field in FIELDS.items()
+    }

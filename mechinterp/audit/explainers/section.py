@@ -1,0 +1,84 @@
+"""The comparison of explainers as a whole: for the audit's section, for `mechinterp iq` and for the main table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mechinterp.audit.explainers.checks import checked, located
+from mechinterp.audit.explainers.compare import Comparison, Effort, compare
+from mechinterp.audit.explainers.records import explainer_rows
+from mechinterp.data import ImageData
+from mechinterp.errors import UsageError
+from mechinterp.explain.methods import ELEMENT_METHODS, Method
+from mechinterp.models import HookedVLM
+from mechinterp.types import Target
+
+__all__ = ["IN_AUDITS", "Compared", "compare_explainers", "methods_of"]
+
+IN_AUDITS = (
+    "integrated_gradients",
+    "gradient_times_input",
+    "grad_cam",
+    "attention_rollout",
+    "occlusion",
+    "kernel_shap",
+    "lime",
+    "edges",
+    "random",
+    "echo",
+)
+"""The usual maps and three anchors; `mechinterp iq` takes all methods."""
+OTHERS = 2  # other findings whose prompts replace the target's
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The comparison and its records."""
+
+    made: Comparison
+    rows: list[dict[str, Any]]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What iq.json holds beside versions and seconds."""
+        return {
+            "model": self.made.model.label,
+            "target": self.made.target.name,
+            "images": list(self.made.question.source.batch.ids) if self.made.question.source else [],
+            "patients": len(set(self.made.patients)),
+            "reading": "iq-reading-1",
+            "judge": "effects with each patch replaced by the blurred image; explainers use mean grey",
+            "explainers": self.rows,
+            "refused": self.made.refused,
+        }
+
+
+def methods_of(names: Sequence[str], own: Mapping[str, Method] | None = None) -> dict[str, Method]:
+    """The methods of those names, in that order. Raises UsageError listing what there is."""
+    known = ELEMENT_METHODS | dict(own or {})
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"no method {unknown[0]!r}", where="methods", hint=f"known: {', '.join(sorted(known))}")
+    return {name: known[name] for name in names}
+
+
+def compare_explainers(
+    model: HookedVLM,
+    data: ImageData,
+    target: Target,
+    methods: Mapping[str, Method],
+    effort: Effort,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+) -> Compared:
+    """IQ, localisation and sanity checks of each method; the same numbers for the same images, draws and seed.
+
+    No method's numbers depend on which others are measured beside it.
+    """
+    made = compare(model, data, target, methods, effort, seed, rows)
+    others = {n: t for n, t in data.targets.items() if n != target.name}
+    others = {name: others[name] for name in list(others)[:OTHERS]}
+    checks = checked(made, data, others, seed)
+    return Compared(made, explainer_rows(made, located(made, seed), checks, seed))
