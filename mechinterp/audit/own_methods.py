@@ -1,0 +1,130 @@
+"""This project's own explanations as element methods, so that they meet the same questions as the post-hoc ones.
+
+`sae_maps` places the ablation effects of dictionary features on patches; `graph_patches` reads the patches' influence
+off an attribution graph. Both explain patches of images for one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechinterp.audit.graphing import output_of
+from mechinterp.errors import UsageError
+from mechinterp.explain.inside import reader, seen_inside
+from mechinterp.explain.methods import Method
+from mechinterp.explain.question import Question, Source
+from mechinterp.interventions import effects
+from mechinterp.models import HookedVLM
+from mechinterp.types import Placed
+
+__all__ = ["graph_patches", "own_methods", "sae_maps"]
+
+MOST = 64  # features ablated for each image: the largest by |activation times gradient|
+ROWS = 32  # images swept together
+BUDGET = 300  # features of a graph whose causes are computed
+
+
+def own_methods(
+    model: HookedVLM, placed: Placed | None = None, transcoders: Sequence[Placed] = ()
+) -> dict[str, Method]:
+    """`sae_maps` where there is a dictionary in the vision tower, `graph_patches` where there are transcoders."""
+    found = {}
+    if placed is not None and placed.reads.tower == "vision":
+        explain = partial(sae_maps, model=model, placed=placed)
+        found["sae_maps"] = Method("sae_maps", explain, "latent", frozenset({"patch"}), needs="model")
+    if transcoders:
+        explain = partial(graph_patches, model=model, transcoders=transcoders)
+        found["graph_patches"] = Method("graph_patches", explain, "graph", frozenset({"patch"}), needs="model")
+    return found
+
+
+def sae_maps(
+    question: Question, generator: torch.Generator, *, model: HookedVLM, placed: Placed, most: int = MOST
+) -> Float[Tensor, "row element"]:
+    """What the score loses when a feature is ablated at the patches, shared among them as the feature is active there.
+
+    A feature's contribution to the stream at a patch is its activation times one decoder row, so shares are those of
+    the activations. Summed over features; each alone is removed, so interactions between them are counted twice or not
+    at all. What the class token's own activations do is left out.
+
+    Args:
+        question: about patches, of `model`.
+        model, placed: where the features live.
+        most: features ablated for each image, by |activation times gradient|; the others count 0.
+    """
+    source = _source(question, model, "sae_maps")
+    found = []
+    for start in range(0, len(question), ROWS):
+        piece = question[start : start + ROWS]
+        batch = source.batch[slice(start, start + ROWS)].with_pixels(piece.values[0])
+        active, chosen = _active(piece, model, placed, most)
+        features = chosen.any(0).nonzero()[:, 0]
+        if not len(features):
+            found.append(active.new_zeros(len(piece), question.count))
+            continue
+        swept = effects(model, placed, batch, [source.target], features.tolist(), tokens="patch")
+        lost = -swept.dense()[..., 0].T * chosen[:, features]
+        active = active[..., features]
+        share = active / active.sum(1, keepdim=True).clamp(min=torch.finfo(active.dtype).tiny)
+        found.append(torch.einsum("rf,ref->re", lost.to(share), share))
+    return torch.cat(found)
+
+
+def graph_patches(
+    question: Question,
+    generator: torch.Generator,
+    *,
+    model: HookedVLM,
+    transcoders: Sequence[Placed],
+    budget: int = BUDGET,
+) -> Float[Tensor, "row element"]:
+    """Influence of every patch in the attribution graph of each image; not negative.
+
+    A graph is built for every row, one after another: about half a second each for the bundled models, so this is for
+    few rows.
+
+    Args:
+        question: about patches, of `model`.
+        model, transcoders: what the graph is made with.
+        budget: features whose causes are computed, best first.
+    """
+    from graphs.build import build_graph
+    from graphs.frozen import freeze
+    from graphs.nodes import NodeType
+
+    source = _source(question, model, "graph_patches")
+    batch, first = source.batch.with_pixels(question.values[0]), model.patch_tokens().start
+    found = question.values[0].new_zeros(len(question), question.count)
+    for row in range(len(question)):
+        frozen = freeze(model, batch[row : row + 1], [output_of(model, source.target)])
+        nodes = build_graph(frozen, transcoders, max_features=budget).nodes
+        patches = nodes.is_type(NodeType.PATCH)
+        found[row, nodes.pos[patches].long() - first] = nodes.influence[patches].to(found.dtype)
+    return found
+
+
+def _source(question: Question, model: HookedVLM, where: str) -> Source:
+    if question.source is None or question.source.model is not model or question.kinds != ("patch",):
+        raise UsageError("explains patches of the model it was made for", where=where)
+    return question.source
+
+
+def _active(
+    question: Question, model: HookedVLM, placed: Placed, most: int
+) -> tuple[Float[Tensor, "row element feature"], Bool[Tensor, "row feature"]]:
+    """Activations at the patches, and which features are ablated in each image."""
+    kept: dict[str, Tensor] = {}
+    names = list(dict.fromkeys((str(placed.reads), str(placed.writes))))
+    score = seen_inside(question, [(name, reader(kept)) for name in names])
+    at, dictionary = model.patch_tokens(), placed.dictionary
+    gradient = torch.autograd.grad(score.sum(), kept[str(placed.writes)])[0][:, at]
+    with torch.no_grad():
+        active = dictionary.encode(kept[str(placed.reads)].detach().to(dictionary.W_enc.dtype))[:, at]
+        size = (active * (gradient.to(active.dtype) @ dictionary.W_dec.T)).sum(1).abs()
+        rank = size.argsort(dim=1, descending=True, stable=True).argsort(1)
+        return active, (rank < most) & (size > 0)
