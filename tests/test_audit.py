@@ -33,7 +33,7 @@ from saes import TopKConfig, untrained
 from tests.audit_toys import trained_clip, write_cohort
 from tests.tiny_models import tiny
 
-QUICK = Settings(draws=500, random_sets=300)
+QUICK = Settings(draws=500, random_sets=300, explainer_images=0)
 
 
 @pytest.fixture(scope="module")

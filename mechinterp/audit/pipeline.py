@@ -27,6 +27,8 @@ from mechinterp.audit.cohort import cohort
 from mechinterp.audit.dictionary import dictionary_of, model_folder, tokens_of
 from mechinterp.audit.drivers import find_drivers, judge
 from mechinterp.audit.evidence import Evidence, collect, prepare
+from mechinterp.audit.explainers import audit_section
+from mechinterp.audit.explainers.figures import maps_picture
 from mechinterp.audit.failures import failures
 from mechinterp.audit.features import Selectivity, measure_selectivity
 from mechinterp.audit.graphing import graph_section
@@ -127,7 +129,9 @@ def audit(
     }
     driver_rows, cards, heats = _features(cases, trial, data, evidence, selectivity, settings, seed)
     graph, picture = graph_section(model, data, asked, evidence, seed)
-    record |= {"shortcuts": rows + driver_rows, "features": cards, "graph": graph, "explainers": []}
+    compared = audit_section(model, data, asked, rows, settings.explainer_images, seed)
+    record |= {"shortcuts": rows + driver_rows, "features": cards, "graph": graph}
+    record["explainers"] = compared.rows if compared else []
     record["failures"] = failures(trial, data, evidence, cases)
     record["power"] = power_of(rows, settings)
     record["truth"] = measure_truth(model, data, asked, evidence, rows, settings, seed)
@@ -136,7 +140,8 @@ def audit(
     record["questions"] = questions(record, settings)
     record["versions"] = _versions()
     record = _rounded(record) | {"seconds": round(time.perf_counter() - started, 2)}
-    folder = write_report(Path(out), record, data, heats, picture)
+    maps = maps_picture(compared.made, data, images=1) if compared else None
+    folder = write_report(Path(out), record, data, heats, {"graph": picture, "maps": maps})
     return AuditResult(record, folder)
 
 

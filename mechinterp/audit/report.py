@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ SIDE = 168
 
 
 def write_report(
-    out: Path, record: dict[str, Any], data: ImageData, heats: dict[str, Heat], graph: bytes | None = None
+    out: Path,
+    record: dict[str, Any],
+    data: ImageData,
+    heats: dict[str, Heat],
+    pictures: Mapping[str, bytes | None] | None = None,
 ) -> Path:
-    """Write everything below `out`; returns it. `graph` is the picture of the graph section."""
+    """Write everything below `out`; returns it. `pictures`: `graph` and `maps` of their sections, where there are."""
     figures = {
-        "graph": graph,
+        **(pictures or {}),
         "shortcuts": forest(record["shortcuts"], record["truth"], record["settings"]["effect_line"]),
         "performance": performance_plot(record["performance"]),
     }
@@ -64,6 +69,7 @@ def render(
         failures=failures,
         command=_command(record),
         cards={card["id"]: card for card in record["features"]},
+        mass_keys=sorted({key for row in record["explainers"] for key in row if key.startswith("mass ")}),
     )
 
 

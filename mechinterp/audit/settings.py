@@ -23,6 +23,7 @@ class Settings:
         joint_sets: the least number that are removed together, in the model, where an effect reaches `effect_line`; as
             many more as Holm's correction needs to be able to reject.
         max_images: test images on which features are ablated (a seeded choice of patients when there are more).
+        explainer_images: test images on which saliency methods are compared; 0 leaves them out.
     """
 
     harm_line: float = 0.05
@@ -33,3 +34,4 @@ class Settings:
     random_sets: int = 1000
     joint_sets: int = 100
     max_images: int = 240
+    explainer_images: int = 6

@@ -27,7 +27,7 @@ NONSENSE = 3  # prompts
 
 
 def located(made: Comparison, seed: int = 0) -> dict[str, dict[str, Float[np.ndarray, " image"]]]:
-    """Per-image columns of every method: `auprc` in the target's mask, its `auprc_chance`, and `mass NAME` of each mask.
+    """Per-image columns of every method: `auprc` in the target's mask, `auprc_chance`, and `mass NAME` of each mask.
 
     Images without a mask are nan. `mass NAME` is the share of positive relevance inside over the area's share: 1 is
     chance. Where the target has no masks, there is no `auprc`.
@@ -59,7 +59,7 @@ def checked(
     found: dict[str, dict[str, Check]] = {}
     for name, judged in progress(list(made.judged.items()), "sanity checks", unit="method"):
         maps = Maps(ask, judged.method.explain, made.target, made.patients, seed)
-        found[name] = {"weights": weight_randomisation(maps, made.model, similarities=(SIMILARITY,), seed=seed)[0]}
+        found[name] = {"weights": _weights(maps, made.model, seed)}
         try:
             drawn = [nonsense(made.model, made.target, seed + i) for i in range(NONSENSE)]
         except UsageError:
@@ -74,6 +74,10 @@ def checked(
 
 
 FIELDS = {"weights": "randomisation", "nonsense": "prompt_randomisation", "prompt": "other_prompt"}
+
+
+def _weights(maps: Maps, model: HookedVLM, seed: int) -> Check:
+    return weight_randomisation(maps, model, similarities=(SIMILARITY,), seed=seed, end_only=True)[0]
 
 
 def check_fields(checks: Mapping[str, Check]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mechinterp.explain.methods import ELEMENT_METHODS, Method
 from mechinterp.models import HookedVLM
 from mechinterp.types import Target
 
-__all__ = ["IN_AUDITS", "Compared", "compare_explainers", "methods_of"]
+__all__ = ["IN_AUDITS", "Compared", "audit_section", "compare_explainers", "methods_of"]
 
 IN_AUDITS = (
     "integrated_gradients",
@@ -82,3 +82,18 @@ def compare_explainers(
     others = {name: others[name] for name in list(others)[:OTHERS]}
     checks = checked(made, data, others, seed)
     return Compared(made, explainer_rows(made, located(made, seed), checks, seed))
+
+
+def audit_section(
+    model: HookedVLM, data: ImageData, target: Target, shortcuts: Sequence[Mapping[str, Any]], images: int, seed: int
+) -> Compared | None:
+    """The usual methods on an audit's data, held beside the masks of what its verdicts accuse.
+
+    Args:
+        shortcuts: the records of the shortcut search.
+        images: how many; 0 leaves the section out (None).
+    """
+    if not images:
+        return None
+    accused = tuple(row["candidate"] for row in shortcuts if row["verdict"] in ("FAIL", "CONCERN"))
+    return compare_explainers(model, data, target, methods_of(IN_AUDITS), Effort(images, masks=accused), seed)

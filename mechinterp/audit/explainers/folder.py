@@ -1,0 +1,75 @@
+"""The folder that `mechinterp iq` writes: iq.json, table.md, the pictures, and the manifest that closes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mechinterp.audit.explainers.figures import maps_picture, plane_picture
+from mechinterp.audit.explainers.section import Compared
+from mechinterp.data import ImageData
+from mechinterp.storage import write_bytes, write_json, write_manifest
+
+__all__ = ["table_of", "write_folder"]
+
+SHOWN = (
+    ("R", "R"),
+    ("F", "F"),
+    ("IS", "IS"),
+    ("IS_zero", "IS (zero)"),
+    ("R_null", "R_null"),
+    ("R_excess", "R_excess"),
+    ("coverage", "coverage"),
+    ("auprc", "AUPRC"),
+    ("randomisation", "weights"),
+    ("prompt_randomisation", "prompt"),
+)
+EXPLAINED = """R: correlation of a patch's attribution with the output over small perturbations (by chance: R_floor in
+iq.json); high is bad, but exact explanations can have it too. F: agreement with the effects of removing patches, by a
+filling that no method used. IS = ((R^2 + (1 - F)^2) / 2)^(1/2); never read it without R and F: (1, 1) and (0, 0) tie.
+IS (zero) counts patches whose attribution never moves as R = 0. R_null: reliance on the output at patches without
+effect. R_excess: reliance beyond that of the true effects. AUPRC: against the target's mask. weights, prompt:
+similarity of the map after the vision tower's weights, or the prompt, were replaced; "=" marks a map that stayed as
+alike as maps of other patients are, which is a failure. R, F and IS are those of iq-reading-1, not the paper's."""
+
+
+def write_folder(compared: Compared, data: ImageData, out: Path, seed: int, seconds: float, command: str) -> str:
+    """Write everything below `out`; returns the table."""
+    from mechinterp.experiments.result import versions
+
+    table = table_of(compared.rows)
+    head = f"# {compared.made.model.label}, {compared.made.target.name}: explainers side by side\n\n`{command}`\n\n"
+    about = f"{len(compared.made.rows)} images of {len(set(compared.made.patients))} test patients.\n\n"
+    write_json(
+        out / "iq.json",
+        {"schema_version": 1, "seed": seed, "seconds": seconds, "versions": versions(), **compared.record},
+    )
+    write_bytes(out / "table.md", f"{head}{about}{table}\n\n{EXPLAINED}\n".encode())
+    write_bytes(out / "plane.png", plane_picture(compared.rows))
+    maps = maps_picture(compared.made, data)
+    if maps is not None:
+        write_bytes(out / "maps.png", maps)
+    write_manifest(out, {"kind": "iq", "model": compared.made.model.label, "seed": seed})
+    return table
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: the explainers by F, then the anchors."""
+    ranked = sorted(rows, key=lambda r: (r["anchor"], -(r["F"] if r["F"] is not None else -1)))
+    masses = sorted({key for row in rows for key in row if key.startswith("mass ")})
+    header = ["method", *(title for _, title in SHOWN), *(f"{m} (1: chance)" for m in masses), "seconds"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in ranked:
+        name = f"*{row['method']}* (anchor)" if row["anchor"] else row["method"]
+        cells = [name, *(_cell(row, key) for key, _ in SHOWN), *(_cell(row, m) for m in masses)]
+        lines.append("| " + " | ".join([*cells, f"{row['seconds']:.3f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value, interval = row.get(key), row["ci95"].get(key)
+    if value is None:
+        return "not tested"
+    failed = " =" if row.get(f"{key}_verdict") == "fail" else ""
+    return f"{value:.2f}{failed}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
