@@ -202,7 +202,7 @@ def test_sensitivity_is_captums():
     theirs = captum.sensitivity_max(
         lambda inputs: (gradient(inputs[0]),),
         x,
-        perturb_func=lambda inputs: inputs + noise,  # a tensor here, a tuple above
+        perturb_func=lambda inputs: (inputs + noise,),  # a tensor goes in, a tuple must come out
         n_perturb_samples=draws,
         max_examples_per_batch=ROWS * draws,
     )
