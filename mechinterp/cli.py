@@ -132,7 +132,8 @@ def _questions(command: Command) -> None:
     sub.add_argument("--image", type=Path, required=True, metavar="FILE")
     sub.add_argument("--target", required=True, metavar="TEXT")
     sub.add_argument("--against", metavar="TEXT", help="the prompt (or answer) to contrast with")
-    sub.add_argument("--method", required=True, metavar="NAME", help="integrated_gradients, grad_cam or occlusion")
+    sub.add_argument("--method", required=True, metavar="NAME", help="such as occlusion; a wrong name lists all")
+    sub.add_argument("--data", metavar="DATA", help="what sae_maps and graph_patches train on where nothing is stored")
 
     sub = command(
         "graph",
@@ -144,17 +145,15 @@ def _questions(command: Command) -> None:
     sub.add_argument("--image", type=Path, required=True, metavar="FILE")
     sub.add_argument("--target", required=True, metavar="TEXT", help="a finding, a prompt, or a question")
     sub.add_argument("--against", metavar="TEXT", help="the prompt to contrast with")
-    sub.add_argument("--data", metavar="DATA", help="what transcoders are trained on where none are stored")
-    sub.add_argument(
-        "--max-features",
-        type=int,
-        default=1500,
-        metavar="N",
-        help="trace only the N most influential features (1500)",
-    )
+    sub.add_argument("--data", metavar="DATA", help="images for the pictures of features (default: a phantom)")
+    sub.add_argument("--max-features", type=int, default=1500, metavar="N", help="trace the N most influential (1500)")
+    sub.add_argument("--mode", default="transcoder", choices=["transcoder", "sae"], help="sae: of the residual stream")
     sub.add_argument("--node", type=float, default=0.8, help="share of influence that the picture keeps (default 0.8)")
     sub.add_argument("--edge", type=float, default=0.98, help="the same for edges (default 0.98)")
+    sub.add_argument("--paths", type=int, default=5, metavar="K", help="print the K strongest paths (default 5)")
+    sub.add_argument("--attention", type=int, default=0, metavar="K", help="why the K strongest heads look there")
     sub.add_argument("--causal", action="store_true", help="also test the graph by interventions on the model (slower)")
+    sub.add_argument("--suppress", metavar="NAME", help="suppress a group, a named feature, or ids A,B in the model")
 
     sub = command("doctor", _doctor, "does this model hook, restore, freeze and score as it should?", "doctor my-model")
     sub.add_argument("model", metavar="MODEL")
@@ -302,34 +301,26 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
+    from mechinterp.audit.explaining import explain_image, write_map
     from mechinterp.data import load_image
-    from mechinterp.explain import METHODS, check_map
-    from mechinterp.explain.picture import save_map
     from mechinterp.types import Target
 
-    if args.method not in METHODS:
-        raise UsageError(f"no method {args.method!r}", where="--method", hint=f"known: {', '.join(sorted(METHODS))}")
-    out = _out(args)
     model = _load(args.model)
-    pixels = load_image(args.image)[None]
     target = Target(args.target, args.target, args.against, question=args.target if "?" in args.target else None)
-    batch = model.prepare(pixels, [target], ids=(args.image.name,))
-    attribution = METHODS[args.method](model, batch, target)
-    save_map(attribution[0], pixels[0], out, title=f"{args.method}: {args.target}")
-    print(f"map: {out / 'map.png'} ({check_map(attribution[0])})")
+    made = explain_image(
+        model, load_image(args.image), target, args.method, args.seed, lambda: _open(args.data, args.seed)
+    )
+    print(write_map(made, _out(args)))
 
 
 def _graph(args: argparse.Namespace) -> None:
-    from mechinterp.audit.dictionary import train_transcoders, transcoders_of
-    from mechinterp.audit.graphing import graph_of, target_of, write_graph
-    from mechinterp.data import load_image
+    from dataclasses import fields
 
-    out, pixels = _out(args), load_image(args.image)
-    model = _load(args.model)
-    target = target_of(model, args.target, args.against)
-    transcoders = transcoders_of(model) or train_transcoders(model, _open(args.data, args.seed), args.seed)
-    made = graph_of(model, pixels, target, transcoders, args.image.name, args.max_features, args.node, args.edge)
-    print(write_graph(made, out, causal=args.causal, seed=args.seed))
+    from mechinterp.audit.graph_command import Wishes, graph_command
+
+    out, model = _out(args), _load(args.model)
+    wishes = Wishes(**{field.name: getattr(args, field.name) for field in fields(Wishes)})
+    print(graph_command(model, args.image, out, wishes, _open(args.data, args.seed) if args.data else None))
     print(f"picture: {out / 'graph.png'}, page: {(out / 'graph.html').resolve()}")
 
 

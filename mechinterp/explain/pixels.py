@@ -7,6 +7,7 @@ of the patch's pixels (Grad-CAM's are enlarged smoothly, as is usual).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,6 +32,7 @@ __all__ = [
     "integrated_gradients",
     "occlusion",
     "patch_pixels",
+    "seeded",
 ]
 
 
@@ -177,6 +179,13 @@ METHODS |= {
     "grad_cam": grad_cam,
     "grad_cam_plus_plus": grad_cam_plus_plus,
 }
+
+
+def seeded(name: str, seed: int) -> Explainer:
+    """`METHODS[name]` with a seed, where the method draws anything."""
+    if not ELEMENT_METHODS[name].stochastic:
+        return METHODS[name]
+    return partial(gradient_shap if name == "gradient_shap" else PatchMap(ELEMENT_METHODS[name]), seed=seed)
 
 
 def _about(model: HookedVLM, batch: ImageTextBatch, target: Target, baseline: float | Tensor, chunk: int) -> Question:
