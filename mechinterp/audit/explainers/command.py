@@ -1,0 +1,60 @@
+"""`mechinterp iq`: explainers side by side on one model and data folder."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mechinterp.audit.dictionary import dictionary_of, transcoders_of
+from mechinterp.audit.explainers.compare import Effort
+from mechinterp.audit.explainers.folder import write_folder
+from mechinterp.audit.explainers.section import compare_explainers, methods_of
+from mechinterp.audit.own_methods import own_methods
+from mechinterp.audit.pipeline import choose_target
+from mechinterp.audit.sizes import one_size
+from mechinterp.data import ImageData
+from mechinterp.errors import UsageError
+from mechinterp.explain.methods import ELEMENT_METHODS, Method
+from mechinterp.models import HookedVLM
+from mechinterp.types import Target
+
+__all__ = ["run"]
+
+SLOW = ("graph_patches",)
+"""Builds a graph for every perturbed copy of every image: only where it is named."""
+
+
+def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageData, out: Path) -> None:
+    """Measure, write the folder, print the table."""
+    started = time.perf_counter()
+    if args.images < 2:
+        raise UsageError(f"--images {args.images}", hint="at least 2")
+    model = load(args.model)
+    data = one_size(model, data)
+    target = choose_target(model, data, args.target)
+    named = [name.strip() for name in args.methods.split(",") if name.strip()] if args.methods else []
+    methods = _methods(model, data, target, named, args.seed)
+    masks = tuple(name for name in (args.masks or "").split(",") if name)
+    for name in masks:
+        data.attribute(name)  # refuses what is not there before anything is computed
+    effort = Effort(images=args.images, masks=masks)
+    compared = compare_explainers(model, data, target, methods, effort, args.seed)
+    command = f"mechinterp iq {args.model} --seed {args.seed} --images {args.images}"
+    table = write_folder(compared, data, out, args.seed, round(time.perf_counter() - started, 2), command)
+    print(table)
+    for name, why in compared.made.refused.items():
+        print(f"{name}: {why}")
+    print(f"table: {out / 'table.md'}, pictures: {out / 'maps.png'}, {out / 'plane.png'}")
+
+
+def _methods(model: HookedVLM, data: ImageData, target: Target, named: list[str], seed: int) -> dict[str, Method]:
+    """The named methods, or all that need no graph; a dictionary or transcoders are found only where one is asked for."""
+    known = dict(ELEMENT_METHODS)
+    if not named or set(named) - set(known):
+        placed, _ = dictionary_of(model, data, seed)
+        own = own_methods(model, placed, transcoders_of(model))
+        known |= own
+        return methods_of(named or [name for name in known if name not in SLOW], own)
+    return methods_of(named)
