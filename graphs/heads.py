@@ -233,12 +233,13 @@ def top_reads(replacement: Replacement, graph: AttributionGraph, n: int = 10) ->
         if weight == 0:
             continue
         stack, layer, seed = target_seed(replacement, graph, target)
-        for block in reversed(replacement.frozen.stacks[stack].blocks[: layer + 1]):
+        parts = replacement.frozen.stacks[stack]
+        for block in reversed(parts.blocks[: layer + 1]):
             if block.layer < layer:
                 seed = chain.mlp_adjoint(stack, block, seed)
             for query in seed.abs().sum(1).nonzero()[:, 0].tolist():
                 brought = _brought(block.attention, block.resid_pre, seed, query)  # [head, key]
-                key = (block.tower, block.layer, query)
+                key = (parts.tower, block.layer, query)  # of the stack: captions share the blocks of "text"
                 score, loading = found.get(key, (torch.zeros_like(brought), torch.zeros_like(brought)))
                 found[key] = (score + weight * brought.abs(), loading + brought)
     ranked = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,7 +24,7 @@ from mechinterp.errors import UsageError
 if TYPE_CHECKING:
     from graphs.graph import AttributionGraph
 
-__all__ = ["Path", "strongest_paths"]
+__all__ = ["Path", "paths_of_score", "strongest_paths"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,26 @@ def strongest_paths(
                 heapq.heappush(queue, (-best, entered, strength + log_size[i], sources[i], (*taken, i)))
                 entered += 1
     return found
+
+
+def paths_of_score(whole: AttributionGraph, pruned: AttributionGraph, k: int = 10) -> list[Path]:
+    """The strongest paths from patches and words to all outputs together, strongest first.
+
+    They are looked for in the pruned graph and told in numbers of the whole one: `share` is of all influence (the share
+    of the output times those of the edges among all in-edges of their targets), `contribution` is to the weighted sum
+    of the outputs, of which the halves of a similarity are half each. `nodes` are rows of the pruned graph.
+    """
+    found = []
+    shares_ = pruned.outputs.shares.tolist()
+    for number, (output, begins) in enumerate(zip(pruned.outputs, shares_, strict=True)):
+        for path in strongest_paths(pruned, k, output=number):
+            share = begins
+            for source, target in zip(path.ids, path.ids[1:], strict=False):
+                sources, weights = whole.in_edges(whole.nodes.index(target))
+                size = weights.abs().double()
+                share *= float(size[sources == whole.nodes.index(source)].sum() / size.sum())
+            found.append(replace(path, share=share, contribution=output.weight * path.contribution))
+    return sorted(found, key=lambda path: -path.share)[:k]
 
 
 def _types(source: NodeType | tuple[NodeType, ...]) -> tuple[NodeType, ...]:

@@ -26,6 +26,7 @@ __all__ = [
     "dictionary_of",
     "mlps",
     "model_folder",
+    "stream_saes_of",
     "texts_beside",
     "tokens_of",
     "train_transcoders",
@@ -118,6 +119,15 @@ def transcoders_of(model: HookedVLM) -> list[Placed]:
 
     folder = model_folder(model)
     stored = folder.glob(f"transcoders/*/{MANIFEST}") if folder else []
+    return sorted((load_sae(path.parent) for path in stored), key=_order)
+
+
+def stream_saes_of(model: HookedVLM) -> list[Placed]:
+    """The SAEs of the residual stream (`hook_resid_post`) stored beside a model; [] where there are none."""
+    from saes import load_sae
+
+    folder = model_folder(model)
+    stored = folder.glob(f"dictionaries/*.hook_resid_post/{MANIFEST}") if folder else []
     return sorted((load_sae(path.parent) for path in stored), key=_order)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,16 +19,16 @@ from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled_folder
 from mechinterp.models.tables import Dual, Features
-from mechinterp.storage import write_json
 from mechinterp.types import ImageTextBatch, Placed, Target
 
 if TYPE_CHECKING:
     from graphs.graph import AttributionGraph
+    from graphs.replace import Mode
     from graphs.targets import Output
     from mechinterp.audit.evidence import Evidence
     from mechinterp.data import ImageData
 
-__all__ = ["ImageGraph", "graph_of", "graph_section", "output_of", "seen_by", "target_of", "write_graph"]
+__all__ = ["ImageGraph", "graph_of", "graph_section", "output_of", "seen_by", "target_of"]
 
 BUDGET = 1500  # features whose causes are computed: the most influential; the others stay as unexplained sources
 EFFECTS = 100  # features ablated, for each image of an audit
@@ -45,7 +44,7 @@ class ImageGraph:
     model: HookedVLM
     batch: ImageTextBatch
     target: Target
-    transcoders: Sequence[Placed]
+    dictionaries: Sequence[Placed]
     frozen: Any
     whole: AttributionGraph
     pruned: AttributionGraph
@@ -56,20 +55,22 @@ def graph_of(
     model: HookedVLM,
     pixels: Float[np.ndarray, "height width"],
     target: Target,
-    transcoders: Sequence[Placed],
+    dictionaries: Sequence[Placed],
     name: str = "image",
     max_features: int | None = BUDGET,
     node: float = 0.8,
     edge: float = 0.98,
+    mode: Mode = "transcoder",
 ) -> ImageGraph:
     """Trace `target` on one image.
 
     Args:
         pixels: grey, in [0, 1], as read.
-        transcoders: of the model's MLPs; blocks without one have only errors.
+        dictionaries: transcoders of the model's MLPs (blocks without one have only errors), or SAEs of the stream.
         name: of the image, in the graph's record.
         max_features: budget of features whose causes are computed, best first; None for all.
         node, edge: shares of the influence that pruning keeps.
+        mode: what the dictionaries are.
 
     Raises UsageError for a model that scores nothing, CertificateError when the graph does not add up.
     """
@@ -81,9 +82,9 @@ def graph_of(
         raise UsageError(f"a {model.family} model scores nothing", where="graph", hint="trace a feature from Python")
     batch = model.prepare(pixels[None], [target], ids=(name,))
     frozen = freeze(model, batch, [output_of(model, target)])
-    whole = build_graph(frozen, transcoders, max_features=max_features)
+    whole = build_graph(frozen, dictionaries, max_features=max_features, mode=mode)
     pruned, image = prune(whole, node, edge), seen_by(model, batch)
-    return ImageGraph(model, batch, target, transcoders, frozen, whole, pruned, image)
+    return ImageGraph(model, batch, target, dictionaries, frozen, whole, pruned, image)
 
 
 def output_of(model: HookedVLM, target: Target) -> Output:
@@ -192,58 +193,3 @@ def _numbers(graph: ImageGraph, spearman: dict[str, float], effects: int) -> dic
         "free_spearman_gradient": spearman["gradient x activation"],
         "ablated": effects,
     }
-
-
-def write_graph(made: ImageGraph, out: Path, causal: bool = False, seed: int = 0) -> str:
-    """Write the graph folder; returns a few lines to print.
-
-    Args:
-        causal: test the graph by interventions too, and write causal.json and suppress.png.
-        seed: of the random controls.
-    """
-    from graphs.export.folder import write_folder
-
-    tested = ""
-    if causal:
-        tested = "\n" + _test(made, out, seed)
-    write_folder(made.whole, made.pruned, made.image, out, names=stored_names(made.model))
-    scores, most = made.pruned.meta["scores"], made.whole.meta["max_relative_residual"]
-    values = ", ".join(f"{o.name} {o.value:+.3f}" for o in made.pruned.outputs)
-    return "\n".join(
-        [
-            f"{made.model.label} on {made.batch.ids[0]}: {values}",
-            f"  {len(made.whole.nodes)} nodes, {made.whole.n_edges} edges; pruned to {len(made.pruned.nodes)} and "
-            f"{made.pruned.n_edges}",
-            f"  every row adds up to {most:.1e}; completeness {scores['completeness']:.3f} (counting inputs "
-            f"{scores['completeness_circuit_tracer']:.3f}), replacement {scores['replacement']:.3f}{tested}",
-        ]
-    )
-
-
-def _test(made: ImageGraph, out: Path, seed: int) -> str:
-    """Interventions on the model itself: causal.json and suppress.png; a few lines to print."""
-    from graphs.causal import Lab, draw_suppression, predicted, report, suppress
-    from graphs.nodes import NodeType
-
-    lab = Lab(made.model, made.batch, made.transcoders, [output_of(made.model, made.target)], made.frozen)
-    found = report(lab, made.whole, n_nodes=EFFECTS, n_sources=16, n_watched=128, seed=seed)
-    nodes = made.whole.nodes
-    strength = nodes.influence * nodes.is_type(NodeType.FEATURE)
-    members = [int(i) for i in strength.topk(10).indices if strength[i] > 0]
-    name = f"the {len(members)} most influential features"
-    done = suppress(lab, made.whole, members, predicted(made.whole, members), name=name, n_random=100, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
-    draw_suppression(done, out / "suppress.png")
-    write_json(out / "causal.json", {"report": found.to_dict(), "suppression": done.to_dict()})
-    rank, control = found.node_spearman["active"], found.control
-    return "\n".join(
-        [
-            f"  ablation with all held against minus the edge: largest difference {found.pairs.constrained_error:.1e}",
-            f"  influence against |effect| on the score, nothing held: Spearman {rank['influence']:.2f} (gradient x "
-            f"activation {rank['gradient x activation']:.2f}, activation {rank['activation']:.2f}) over "
-            f"{found.samples['active']} features",
-            f"  removing the top {control.features} moves the score by {control.effect:.3f}, matched random features "
-            f"by {control.random_median:.3f} (p = {control.p:.3f})",
-            f"  attention: {found.mediation.note}",
-        ]
-    )

@@ -1,0 +1,275 @@
+"""`mechinterp graph`: the graph of one image as a folder, with pictures, groups, paths, attention and interventions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechinterp.audit.dictionary import stream_saes_of, train_transcoders, transcoders_of
+from mechinterp.audit.feature_names import stored_names
+from mechinterp.audit.graph_pictures import gallery_of
+from mechinterp.audit.graphing import BUDGET, EFFECTS, ImageGraph, graph_of, output_of, target_of
+from mechinterp.errors import UsageError
+from mechinterp.models import HookedVLM
+from mechinterp.storage import write_json
+from mechinterp.types import Placed
+
+if TYPE_CHECKING:
+    from graphs.graph import AttributionGraph
+    from graphs.replace import Mode
+    from graphs.supernodes import Supernodes
+    from mechinterp.data import ImageData
+
+__all__ = ["Wishes", "graph_command", "members_of"]
+
+PAIRS = 8  # printed and written for each attention score
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked of one graph; see the command's help for each.
+
+    Attributes:
+        target, against: texts.
+        max_features, node, edge, mode: see `graph_of`.
+        paths: how many paths to write.
+        attention: how many attention scores to take apart.
+        causal: test the graph by interventions on the model.
+        suppress: a group, a feature's name, or ids, to be suppressed in the model; None for none.
+        seed: of everything random.
+    """
+
+    target: str
+    against: str | None = None
+    max_features: int = BUDGET
+    node: float = 0.8
+    edge: float = 0.98
+    mode: Mode = "transcoder"
+    paths: int = 5
+    attention: int = 0
+    causal: bool = False
+    suppress: str | None = None
+    seed: int = 0
+
+
+def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data: ImageData | None = None) -> str:
+    """Write the graph folder of an image below `out`; returns the lines to print.
+
+    Args:
+        data: pictures of features are taken from it, and transcoders trained on it where none are stored; default a
+            phantom.
+
+    Beside what `graphs.export.folder` writes: paths.json; attention.json, causal.json and suppress.png where asked for.
+    Raises UsageError for wishes that make no sense together, before anything is written.
+    """
+    from graphs.export.folder import write_folder
+    from graphs.supernodes import suggest
+    from mechinterp.data import load_image
+
+    for name, value in (("--paths", wishes.paths), ("--attention", wishes.attention)):
+        if value < 0:
+            raise UsageError(f"is {value}", where=name, hint="a number of things to show, 0 for none")
+    if wishes.mode == "sae" and (wishes.causal or wishes.suppress):
+        raise UsageError("interventions are on what an MLP writes", where="--mode sae", hint="test transcoder graphs")
+    pixels, target = load_image(image), target_of(model, wishes.target, wishes.against)
+    placed = _dictionaries(model, wishes, data)
+    sizes = (wishes.max_features, wishes.node, wishes.edge, wishes.mode)
+    made = graph_of(model, pixels, target, placed, image.name, *sizes)
+    names = stored_names(model)
+    groups = _named(made.pruned, suggest(made.pruned, placed), names)
+    lines = _said(made)
+    chosen = None if wishes.suppress is None else members_of(made.whole, wishes.suppress, groups, names)
+    if wishes.paths:
+        lines += _paths(made, wishes.paths, names, out)
+    if wishes.attention:
+        lines += _attention(made, wishes, out)
+    if wishes.causal or chosen:
+        lines += _tested(made, wishes, chosen, out)
+    gallery = gallery_of(model, made.pruned, placed, target, data, wishes.seed)
+    write_folder(made.whole, made.pruned, made.image, out, names, gallery, groups)
+    return "\n".join(lines)
+
+
+def _dictionaries(model: HookedVLM, wishes: Wishes, data: ImageData | None) -> list[Placed]:
+    if wishes.mode == "sae":
+        stored = stream_saes_of(model)
+        if not stored:
+            hint = "train some at hook_resid_post, or take transcoders"
+            raise UsageError("no SAE of the residual stream is stored with the model", where=model.label, hint=hint)
+        return stored
+    stored = transcoders_of(model)
+    if stored:
+        return stored
+    from mechinterp.audit.defaults import default_data
+
+    return train_transcoders(model, data or default_data(seed=wishes.seed), wishes.seed)
+
+
+def _key(graph: AttributionGraph, node: int) -> str:
+    """A feature's name in `stored_names`, in transcoder mode."""
+    nodes = graph.nodes
+    tower = nodes.towers[int(nodes.tower[node])].partition(".")[0]
+    return f"{tower}.blocks.{int(nodes.layer[node])}.hook_mlp_out:{int(nodes.feature[node])}"
+
+
+def _named(graph: AttributionGraph, groups: Supernodes, names: Mapping[str, str]) -> Supernodes:
+    """The groups by their strongest member: its name where it has one, and how many features are with it."""
+    from graphs.supernodes import Supernodes
+
+    made = Supernodes()
+    for group in groups:
+        rows = [graph.nodes.index(member) for member in group.members]
+        features = dict.fromkeys(_key(graph, row) for row in rows)
+        first = max(rows, key=lambda row: float(graph.nodes.influence[row]))
+        name = f"{names.get(_key(graph, first), f'F{int(graph.nodes.feature[first])}')} +{len(features) - 1}"
+        taken = {g.name for g in made}
+        made = made.add(name if name not in taken else f"{name} ({len(made) + 1})", group.members)
+    return made
+
+
+def members_of(graph: AttributionGraph, text: str, groups: Supernodes, names: Mapping[str, str]) -> list[int]:
+    """The feature nodes that a text means: a group, a feature's name, or ids separated by commas.
+
+    An id is one node (`vision.L2.P17.F301`) or a feature at all its places (`vision.L2.F301`). Raises UsageError that
+    lists the groups when nothing is meant.
+    """
+    from graphs.nodes import NodeType
+
+    nodes = graph.nodes
+    features = nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
+    for group in groups:
+        if group.name == text:
+            return [nodes.index(member) for member in group.members]
+    found = [i for i in features if names.get(_key(graph, i)) == text]
+    if found:
+        return found
+    by_id: dict[str, list[int]] = {}
+    for i in features:
+        whole = f"{nodes.towers[int(nodes.tower[i])]}.L{int(nodes.layer[i])}.F{int(nodes.feature[i])}"
+        by_id.setdefault(whole, []).append(i)
+        by_id.setdefault(nodes.ids[i], []).append(i)
+    parts = [part.strip() for part in text.split(",")]
+    missing = [part for part in parts if part not in by_id]
+    if missing:
+        known = ", ".join(group.name for group in groups) or "none"
+        raise UsageError(
+            f"{missing[0]!r} is no group, name or feature here", where="--suppress", hint=f"groups: {known}"
+        )
+    return list(dict.fromkeys(i for part in parts for i in by_id[part]))
+
+
+def _said(made: ImageGraph) -> list[str]:
+    scores, most = made.pruned.meta["scores"], made.whole.meta["max_relative_residual"]
+    values = ", ".join(f"{o.name} {o.value:+.3f}" for o in made.pruned.outputs)
+    return [
+        f"{made.model.label} on {made.batch.ids[0]}: {values}",
+        f"  {len(made.whole.nodes)} nodes, {made.whole.n_edges} edges; pruned to {len(made.pruned.nodes)} and "
+        f"{made.pruned.n_edges}",
+        f"  every row adds up to {most:.1e}; completeness {scores['completeness']:.3f} (counting inputs "
+        f"{scores['completeness_circuit_tracer']:.3f}), replacement {scores['replacement']:.3f}",
+    ]
+
+
+def _paths(made: ImageGraph, k: int, names: Mapping[str, str], out: Path) -> list[str]:
+    """paths.json, and the paths as lines."""
+    from graphs.nodes import NodeType
+    from graphs.paths import paths_of_score
+
+    graph = made.pruned
+
+    def said(node: int) -> str:
+        label = graph.nodes.labels[node]
+        if graph.nodes.type[node] != NodeType.FEATURE:
+            return label
+        name, at = names.get(_key(graph, node)), label.rpartition(" at ")[2]
+        where = f"{graph.nodes.towers[int(graph.nodes.tower[node])]} L{int(graph.nodes.layer[node])}, {at}"
+        return f"{name or f'F{int(graph.nodes.feature[node])}'} ({where})"
+
+    found = paths_of_score(made.whole, graph, k)
+    rows = [
+        {"share": p.share, "contribution": p.contribution, "nodes": list(p.ids), "labels": [said(i) for i in p.nodes]}
+        for p in found
+    ]
+    write_json(out / "paths.json", {"schema_version": 1, "paths": rows})
+    total = sum(p.share for p in found)
+    lines = [f"  strongest paths, {100 * total:.1f} % of all influence (contribution to the score, share):"]
+    return lines + [
+        f"    {row['contribution']:+.3f} {100 * row['share']:4.1f} %  {' > '.join(row['labels'])}" for row in rows
+    ]
+
+
+def _attention(made: ImageGraph, wishes: Wishes, out: Path) -> list[str]:
+    """attention.json: the heads that bring most, and why each looks where it looks."""
+    from graphs.heads import top_reads
+    from graphs.qk import qk_panel
+    from graphs.replace import Replacement
+
+    replacement = Replacement(made.frozen, made.dictionaries, wishes.mode)
+    lines, rows = ["  heads that bring most (share of influence), and the pair that most makes them look there:"], []
+    for read in top_reads(replacement, made.pruned, wishes.attention):
+        panel = qk_panel(replacement, read.tower, read.layer, read.head, read.query, read.key)
+        pairs = panel.top(PAIRS, contrast=True)
+        rows.append(
+            {
+                "tower": read.tower,
+                "layer": read.layer,
+                "head": read.head,
+                "query": read.query,
+                "key": read.key,
+                "share": read.score,
+                "loading": read.loading,
+                "score": panel.score,
+                "mean_score": panel.mean_score,
+                "pairs": [{"query": pair.query, "key": pair.key, "value": pair.value} for pair in pairs],
+            }
+        )
+        best, at = pairs[0], f"{read.tower} L{read.layer}H{read.head}, position {read.query} from {read.key}"
+        lines.append(
+            f"    {at}: {100 * read.score:.1f} %; score {panel.contrast:+.2f} against its mean over keys, of it "
+            f"{best.value:+.2f} by {best.query} x {best.key}"
+        )
+    write_json(out / "attention.json", {"schema_version": 1, "reads": rows})
+    return lines
+
+
+def _tested(made: ImageGraph, wishes: Wishes, chosen: Sequence[int] | None, out: Path) -> list[str]:
+    """causal.json and suppress.png: the causal report where it is asked for, and the suppression of a group."""
+    from graphs.causal import Lab, draw_suppression, predicted, report, suppress
+    from graphs.nodes import NodeType
+
+    lab = Lab(made.model, made.batch, made.dictionaries, [output_of(made.model, made.target)], made.frozen)
+    written: dict[str, Any] = {}
+    lines: list[str] = []
+    if wishes.causal:
+        found = report(lab, made.whole, n_nodes=EFFECTS, n_sources=16, n_watched=128, seed=wishes.seed)
+        written["report"], lines = found.to_dict(), _reported(found)
+    nodes = made.whole.nodes
+    strength = nodes.influence * nodes.is_type(NodeType.FEATURE)
+    members, name = list(chosen or ()), wishes.suppress or ""
+    if not members:
+        members = [int(i) for i in strength.topk(10).indices if strength[i] > 0]
+        name = f"the {len(members)} most influential features"
+    watched = predicted(made.whole, members)
+    done = suppress(lab, made.whole, members, watched, name=name, n_random=100, seed=wishes.seed)
+    written["suppression"] = done.to_dict()
+    out.mkdir(parents=True, exist_ok=True)
+    draw_suppression(done, out / "suppress.png")
+    write_json(out / "causal.json", written)
+    changes = "; ".join(f"{m.name} {m.before:.2f} to {m.after:.2f} (p = {m.p:.3f})" for m in done.measured)
+    return [*lines, f"  {name} ({len(members)} nodes) set to minus their activation: {changes}"]
+
+
+def _reported(found: Any) -> list[str]:
+    """Some lines of a causal report."""
+    rank, control = found.node_spearman["active"], found.control
+    return [
+        f"  ablation with all held against minus the edge: largest difference {found.pairs.constrained_error:.1e}",
+        f"  influence against |effect| on the score, nothing held: Spearman {rank['influence']:.2f} (gradient x "
+        f"activation {rank['gradient x activation']:.2f}, activation {rank['activation']:.2f}) over "
+        f"{found.samples['active']} features",
+        f"  removing the top {control.features} moves the score by {control.effect:.3f}, matched random features "
+        f"by {control.random_median:.3f} (p = {control.p:.3f})",
+        f"  attention: {found.mediation.note}",
+    ]
