@@ -26,8 +26,8 @@ SLOW = ("graph_patches",)
 """Builds a graph for every perturbed copy of every image: only where it is named."""
 
 
-def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageData, out: Path) -> None:
-    """Measure, write the folder, print the table."""
+def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageData, out: Path) -> str:
+    """Measure and write the folder; returns the table and where the pictures are."""
     started = time.perf_counter()
     if args.images < 2:
         raise UsageError(f"--images {args.images}", hint="at least 2")
@@ -43,14 +43,12 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
     compared = compare_explainers(model, data, target, methods, effort, args.seed)
     command = f"mechinterp iq {args.model} --seed {args.seed} --images {args.images}"
     table = write_folder(compared, data, out, args.seed, round(time.perf_counter() - started, 2), command)
-    print(table)
-    for name, why in compared.made.refused.items():
-        print(f"{name}: {why}")
-    print(f"table: {out / 'table.md'}, pictures: {out / 'maps.png'}, {out / 'plane.png'}")
+    refused = [f"{name}: {why}" for name, why in compared.made.refused.items()]
+    return "\n".join([table, *refused, f"table: {out / 'table.md'}, pictures: {out / 'maps.png'}, {out / 'plane.png'}"])
 
 
 def _methods(model: HookedVLM, data: ImageData, target: Target, named: list[str], seed: int) -> dict[str, Method]:
-    """The named methods, or all that need no graph; a dictionary or transcoders are found only where one is asked for."""
+    """The named methods, or all that need no graph; dictionary and transcoders are found only where one is needed."""
     known = dict(ELEMENT_METHODS)
     if not named or set(named) - set(known):
         placed, _ = dictionary_of(model, data, seed)

@@ -120,6 +120,7 @@ def _judge(method: Method, bench: Bench, own: Float[np.ndarray, "image element"]
     own_effects = Measurement(
         measured.attribution, measured.output, measured.attributions, measured.outputs, own, tolerance=bench.tolerance
     )
-    with np.errstate(invalid="ignore"):
-        floor = np.nanmean(permutation_floor(measured, 20, seed), axis=0)
+    shuffled = permutation_floor(measured, 20, seed)
+    defined = np.isfinite(shuffled).all(0)
+    floor = np.where(defined, np.where(np.isfinite(shuffled), shuffled, 0.0).mean(0), np.nan)
     return Judged(method, attributions[:, 0], iq(measured), iq(own_effects).F_dist, floor, seconds)

@@ -1,0 +1,120 @@
+"""Explainers side by side: anchors stand where they must, a planted mark is shown, numbers do not wander."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mechinterp.audit.explainers import Effort, compare_explainers, methods_of
+from mechinterp.audit.explainers.choose import chosen_rows, masks_of
+from mechinterp.audit.explainers.figures import maps_picture, plane_picture
+from mechinterp.audit.explainers.folder import write_folder
+from mechinterp.data import open_data
+from mechinterp.errors import DataError, UsageError
+from mechinterp.storage import verify_folder
+from tests.audit_toys import SIZE, trained_clip, write_cohort
+
+METHODS = ("occlusion", "gradient_times_input", "attention_rollout", "edges", "random", "constant", "echo", "oracle")
+EFFORT = Effort(images=12, draws=8, masks=("mark",))
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """160 images; where the mark is, its mask is drawn: pixels 1 to 5 of the first 8 x 8 patch."""
+    folder = write_cohort(tmp_path_factory.mktemp("cohort") / "data", n=160)
+    data = open_data(folder)
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[1:6, 1:6] = 255
+    (folder / "masks" / "mark").mkdir(parents=True)
+    for row in np.flatnonzero(data.attribute("mark").values == 1):
+        Image.fromarray(mask).save(folder / "masks" / "mark" / data.images[row].removeprefix("images/"))
+    return open_data(folder)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {"shortcut": trained_clip(0.9), "clean": trained_clip(0.0)}
+
+
+@pytest.fixture(scope="module")
+def compared(models, cohort):
+    target = cohort.targets["finding"]
+    return {n: compare_explainers(m, cohort, target, methods_of(METHODS), EFFORT) for n, m in models.items()}
+
+
+def row_of(compared, method, model="shortcut"):
+    return next(row for row in compared[model].rows if row["method"] == method)
+
+
+def test_masks_are_shares_of_patches(models, cohort):
+    rows = np.flatnonzero(cohort.attribute("mark").values == 1)[:3]
+    shares, known = masks_of(models["clean"], cohort, "mark", rows)
+    assert known.all() and np.allclose(shares[:, 0], 25 / 64) and not shares[:, 1:].any()
+    without = np.flatnonzero(cohort.attribute("mark").values == 0)[:3]
+    assert not masks_of(models["clean"], cohort, "mark", without)[1].any()
+
+
+def test_images_are_of_test_patients_one_each_and_half_with_the_target(cohort):
+    rows = chosen_rows(cohort, "finding", 12, seed=3)
+    assert (cohort.split[rows] == "test").all() and len({cohort.patients[r] for r in rows}) == 12
+    assert cohort.labels("finding")[rows].sum() == 6
+    assert not np.array_equal(rows, chosen_rows(cohort, "finding", 12, seed=4))
+    with pytest.raises(DataError, match="test patient"):
+        chosen_rows(cohort.subset(cohort.split != "test"), "finding", 12, seed=0)
+
+
+def test_the_anchors_stand_where_they_must(compared):
+    oracle, echo, random, constant = (row_of(compared, n) for n in ("oracle", "echo", "random", "constant"))
+    assert oracle["F_own"] == pytest.approx(1) and 0.3 < oracle["F"] < 0.999  # judged by another filling
+    assert echo["R"] == pytest.approx(1) and echo["R_null"] in (None, pytest.approx(1))
+    assert echo["R_excess"] > 1.5 * oracle["R_excess"]
+    assert abs(random["R"] - random["R_floor"]) < 0.1
+    assert constant["R"] is None and constant["statuses"] == {"const_attr": 12} and constant["coverage"] == 0
+    assert {row["built_from"] for row in (random, constant, echo)} == {"none"}
+
+
+def test_a_planted_mark_is_shown_by_what_removes_patches(compared):
+    """In the model that learnt the mark, relevance lies on it; in the clean one and for noise, it does not."""
+    shown = row_of(compared, "occlusion")
+    assert shown["mass mark"] > 4 and shown["ci95"]["mass mark"][0] > 1
+    assert row_of(compared, "occlusion", "clean")["mass mark"] < 0.5 * shown["mass mark"]
+    low, high = row_of(compared, "random")["ci95"]["mass mark"]
+    assert low < 1.5 and high < 4
+
+
+def test_what_looks_at_the_image_alone_fails_the_sanity_checks(compared):
+    edges, occlusion, rollout = (row_of(compared, n) for n in ("edges", "occlusion", "attention_rollout"))
+    assert edges["randomisation"] == pytest.approx(1) and edges["randomisation_verdict"] == "fail"
+    assert edges["prompt_randomisation"] == pytest.approx(1) and edges["prompt_randomisation_verdict"] == "fail"
+    assert occlusion["randomisation"] < 0.8
+    # attention in the image tower of a dual encoder cannot know the prompt
+    assert rollout["prompt_randomisation"] == pytest.approx(1) and rollout["prompt_randomisation_verdict"] == "fail"
+
+
+def test_a_methods_numbers_do_not_depend_on_its_company(compared, models, cohort):
+    target = cohort.targets["finding"]
+    alone = compare_explainers(models["shortcut"], cohort, target, methods_of(("random", "occlusion")), EFFORT)
+    for row in alone.rows:
+        beside = row_of(compared, row["method"])
+        assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in beside.items() if k != "seconds"}
+
+
+def test_the_folder_holds_what_the_table_says(compared, cohort, tmp_path):
+    made = compared["shortcut"]
+    table = write_folder(made, cohort, tmp_path, 0, 1.0, "mechinterp iq toy")
+    assert verify_folder(tmp_path) == []
+    record = json.loads((tmp_path / "iq.json").read_text())
+    assert [row["method"] for row in record["explainers"]] == list(METHODS)
+    promised = {"method", "R", "F", "IS", "R_null", "R_excess", "coverage", "ci95", "auprc", "randomisation"}
+    assert all(promised | {"prompt_randomisation", "seconds"} <= set(row) for row in record["explainers"])
+    assert "not tested" in next(line for line in table.splitlines() if "*constant*" in line)
+    for picture in (maps_picture(made.made, cohort), plane_picture(made.rows)):
+        assert picture is not None and picture.startswith(b"\x89PNG")
+
+
+def test_an_unknown_method_is_refused_with_the_list():
+    with pytest.raises(UsageError, match=r"no method 'gradcam'.*grad_cam"):
+        methods_of(("gradcam",))
