@@ -164,9 +164,9 @@ def weight_randomisation(
 ) -> list[Check]:
     """Randomise the tower from its head down (cumulative), or one stage at a time; the map must change.
 
-    The cascade is judged once all of the tower is random; with `end_only` the maps in between are not made. One stage at
-    a time is judged by the mean over the stages, and failing it alone says little where the model hardly uses a stage.
-    The model is restored bit for bit, also on error.
+    The cascade is judged once all of the tower is random; with `end_only` the maps in between are not made. One stage
+    at a time is judged by the mean over the stages, and failing it alone says little where the model hardly uses a
+    stage. The model is restored bit for bit, also on error.
 
     Raises UsageError for a tower that the model lacks.
     """
