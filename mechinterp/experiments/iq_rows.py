@@ -1,42 +1,51 @@
-"""What the tabular IQ experiments share: small networks, the injected column, and paired differences.
+"""What the tabular IQ experiments share: small networks, and trials on their rows.
 
 A network learns a function of some columns; the others are noise in training, one of them the *slot*. At test time the
-slot is set to `psi * output + noise` (arXiv:2504.08919: x_spur = psi * M(x) + eps), for every input that is explained,
-perturbed ones included, because that is how a spurious column would arrive. A row is kept only if the injection moves
-the network's output by less than 0.05 of its standard deviation; otherwise the slot has an effect, and attributing to
-it would be right.
+slot is set to psi * z + 0.1 * noise, z the standardised output (arXiv:2504.08919: x_spur = psi * M(x) + eps), for every
+input that is explained, perturbed ones included. A row is kept only if the injection moves the network's output by less
+than 0.05 of its standard deviation; otherwise the slot has an effect, and attributing to it would be right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechinterp.explain.tabular import Function, TabularExplainer, effects
-from mechinterp.metrics.iq import IQScores, Measurement, iq
-from mechinterp.metrics.iq.measure import perturbed_rows
-from mechinterp.metrics.statistics import PatientBootstrap, holm, percentile_interval, sign_flip_p
+from mechinterp.experiments.iq_study import PLAIN, TREATMENTS, Study, arms, shuffled, trial
+from mechinterp.explain.bounds import Check
+from mechinterp.explain.inject import Scale, injected
+from mechinterp.explain.tabular import Function, TabularExplainer
+from mechinterp.explain.tabular_questions import about_rows, of_rows
+from mechinterp.progress import progress
 
-__all__ = ["Difference", "Network", "compare", "inject", "measure", "paired", "train"]
+__all__ = ["CONTROL", "Network", "label_of", "rows_study", "train"]
 
-GATE = 0.05  # of the standard deviation of the output
+CONTROL = "shuffled"
 
 
 @dataclass(frozen=True)
 class Network:
-    """A trained function of rows, its slot, the spread of its output, and R2 (or AUROC) on rows it never saw."""
+    """A trained function of rows, its slot, and how well it does on rows that it never saw (R2 or AUROC).
+
+    Args:
+        reference: what a removed column becomes.
+        test: rows to explain.
+        mean, sd: of the output over other rows.
+    """
 
     f: Function
     slot: int
-    sd: float
     skill: float
     reference: Float[Tensor, " column"]
+    test: Float[Tensor, "row column"]
+    mean: float
+    sd: float
 
 
 def train(
@@ -44,7 +53,7 @@ def train(
     y: Float[Tensor, " row"],
     seed: int,
     steps: int = 1500,
-    width: int = 64,
+    width: int = 32,
     binary: bool = False,
     decay: float = 1e-4,
 ) -> nn.Module:
@@ -70,79 +79,32 @@ def train(
     return net.requires_grad_(False)
 
 
-def inject(
-    network: Network, x: Float[Tensor, "*batch column"], psi: float, seed: int
-) -> Float[Tensor, "*batch column"]:
-    """The rows with the slot set to `psi * output + 0.1 sd noise`; the rows themselves for `psi` 0."""
-    if psi == 0:
-        return x
-    flat = x.flatten(0, -2).clone()
-    with torch.no_grad():
-        y = network.f(flat)
-    noise = torch.randn(len(flat), generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
-    flat[:, network.slot] = psi * y + 0.1 * network.sd * noise
-    return flat.view(x.shape)
+def label_of(psi: float) -> str:
+    """The name of a condition."""
+    return f"psi {psi:g}"
 
 
-def measure(
-    network: Network,
+def rows_study(
+    networks: Sequence[Network],
     explainers: Mapping[str, TabularExplainer],
-    x: Float[Tensor, "row column"],
-    psi: float,
+    psi: Sequence[float],
     draws: int,
-    noise: float,
     seed: int,
-) -> tuple[dict[str, Measurement], np.ndarray]:
-    """A Measurement of each explainer under injection `psi`, and which rows pass the gate."""
-    around = perturbed_rows(x, draws, noise, seed=seed)
-    both = inject(network, torch.cat([x[:, None], around], dim=1), psi, seed + 1)
-    flat = both.flatten(0, 1)
-    with torch.no_grad():
-        output = network.f(flat).view(both.shape[:2])
-        clean = network.f(x)
-    effect = effects(network.f, both, network.reference).numpy()
-    kept = ((output[:, 0] - clean).abs() <= GATE * network.sd).numpy()
-    found = {}
-    for i, (name, explain) in enumerate(explainers.items()):
-        generator = torch.Generator().manual_seed(1_000 * seed + i)
-        a = explain(network.f, flat, network.reference, generator).view(both.shape).detach().numpy()
-        y = output.numpy()
-        # an effect below a hundredth of the largest is the network's leftover, not a use of the column
-        found[name] = Measurement(a[:, 0], y[:, 0], a[:, 1:], y[:, 1:], effect[:, 0], effect[:, 1:], tolerance=1e-2)
-    return found, kept
+) -> Study:
+    """Every explainer on every network at every psi; treatments only without and with the strongest injection.
 
-
-def compare(
-    measured: Mapping[str, Measurement],
-) -> dict[str, IQScores]:
-    """IQ of each explainer."""
-    return {name: iq(m) for name, m in measured.items()}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired mean difference over rows, its bootstrap interval, and a sign-flip p."""
-
-    value: float
-    ci95: tuple[float, float]
-    p: float
-    n: int
-
-
-def paired(
-    after: Float[np.ndarray, " row"], before: Float[np.ndarray, " row"], kept: np.ndarray, seed: int = 0
-) -> Difference:
-    """`after - before` over the kept rows where both are defined; nan without any."""
-    both = kept & np.isfinite(after) & np.isfinite(before)
-    change = (after - before)[both]
-    if len(change) < 5:
-        return Difference(float("nan"), (float("nan"), float("nan")), float("nan"), len(change))
-    boot = PatientBootstrap.of([str(i) for i in range(len(change))], draws=2000, seed=seed)
-    return Difference(
-        float(change.mean()), percentile_interval(boot.mean(change)), sign_flip_p(change, seed=seed), len(change)
-    )
-
-
-def corrected(differences: Mapping[str, Difference]) -> dict[str, float]:
-    """Holm-adjusted p of each."""
-    return dict(zip(differences, holm(np.array([d.p for d in differences.values()])).tolist(), strict=True))
+    One more condition, CONTROL, has the strongest injection's values shuffled over rows.
+    """
+    study = Study()
+    of = {name: of_rows(explain) for name, explain in explainers.items()}
+    for s, network in enumerate(progress(networks, "explaining", unit="network")):
+        question = about_rows(network.f, network.test, network.reference)
+        slots, scale, noise = (network.slot,), Scale(network.mean, network.sd), seed + 7 * s + 1
+        conditions = {label_of(one): partial(injected, slots=slots, psi=one, scale=scale, seed=noise) for one in psi}
+        conditions[CONTROL] = partial(shuffled, slots=slots, psi=max(psi), scale=scale, seed=noise)
+        check = Check(seed=seed + s)
+        for label, inject in conditions.items():
+            treated = label in (label_of(min(psi)), label_of(max(psi)))
+            wanted = arms(of, (PLAIN, *TREATMENTS) if treated else (PLAIN,), check)
+            study.add(trial(label, question, wanted, inject, slots, None, draws, seed=seed + s))
+    return study

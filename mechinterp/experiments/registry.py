@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,43 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         Experiment(
             "iq-tabular",
-            "does an injected column turn explanations of rows around, and does RBP turn them back?",
+            "does an injected column turn explanations of rows around, and do RBP and bounds turn them back?",
             "mechinterp.experiments.iq_tabular",
+        ),
+        Experiment(
+            "iq-real-table",
+            "the same on a real table of 30 columns (breast cancer), a column of noise following the output",
+            "mechinterp.experiments.iq_real_table",
+        ),
+        Experiment(
+            "iq-shapley-rbp",
+            "stability from coalition sizes against perturbation RBP, and our own bounds; what can IS be bought with?",
+            "mechinterp.experiments.iq_shapley_rbp",
+        ),
+        Experiment(
+            "iq-image",
+            "does a bright patch on shapes turn explanations of a CNN around, and do RBP and bounds turn them back?",
+            "mechinterp.experiments.iq_image",
+        ),
+        Experiment(
+            "iq-text",
+            "does a neutral word that follows the output turn explanations of a text classifier around?",
+            "mechinterp.experiments.iq_text",
+        ),
+        Experiment(
+            "iq-sweep",
+            "how much do IS and the ranking of explainers depend on settings that the paper leaves open?",
+            "mechinterp.experiments.iq_sweep",
+        ),
+        Experiment(
+            "iq-multimodal",
+            "patches and words explained together: does injection turn them around, and what does RBP cost?",
+            "mechinterp.experiments.iq_multimodal",
+        ),
+        Experiment(
+            "iq-main",
+            "every explainer on every model: reliant, faithful, well placed? which maps show the planted shortcut?",
+            "mechinterp.experiments.iq_main",
         ),
     )
 }
@@ -59,7 +95,7 @@ def experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def run_experiment(name: str, out: Path | str, quick: bool = False, seed: int = 0) -> Result:
+def run_experiment(name: str, out: Path | str, quick: bool = False, seed: int = 0, data: Path | None = None) -> Result:
     """Run an experiment and write its folder.
 
     Args:
@@ -67,6 +103,7 @@ def run_experiment(name: str, out: Path | str, quick: bool = False, seed: int = 
         out: folder for result.json, table.md, figure.png and manifest.json; files of an earlier run are replaced.
         quick: the small version, which shows that it runs; its numbers are no result.
         seed: of everything random.
+        data: a folder of real images, for the experiments that take one.
 
     Raises:
         UsageError: for an unknown name.
@@ -77,6 +114,10 @@ def run_experiment(name: str, out: Path | str, quick: bool = False, seed: int = 
     chosen = experiment(name)
     folder = claim_folder(Path(out))
     start = time.perf_counter()
-    result = importlib.import_module(chosen.module).run(seed=seed, quick=quick)
+    run = importlib.import_module(chosen.module).run
+    options = {} if data is None else {"data": data}
+    if options and "data" not in inspect.signature(run).parameters:
+        raise UsageError(f"{name} takes no data folder", where="--data", hint="leave it out")
+    result = run(seed=seed, quick=quick, **options)
     write_result(folder, result, chosen.name, chosen.question, quick, seed, time.perf_counter() - start)
     return result

@@ -1,0 +1,307 @@
+"""Claims, tables and figure of an injection study: what the spurious element changes, and what RBP and caps change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
+from mechinterp.experiments.iq_study import (
+    BOUNDS,
+    PLAIN,
+    RBP,
+    RBP_SHARES,
+    SHARES,
+    TREATMENTS,
+    Difference,
+    Key,
+    Study,
+    corrected,
+)
+from mechinterp.experiments.result import Claim, Result, Row, Table
+
+__all__ = ["Aim", "Layout", "averages", "direction", "injection_result", "levels"]
+
+SHOWN = ("R", "R_floor", "F_dist", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage", "slot")
+HEADER = ("R", "R by shuffling", "F", "IS (skip)", "IS (zero)", "R_null", "R_excess", "coverage", "on the slot")
+MOVED = ("R", "F_dist", "IS_p2", "IS_zero_p2", "R_excess", "slot")
+JUDGED = ("F_dist", "IS_p2", "IS_zero_p2", "R_excess")
+TITLES = {
+    "F_dist": "F",
+    "IS_p2": "IS (skip)",
+    "IS_zero_p2": "IS (zero)",
+    "R": "R",
+    "R_excess": "R_excess",
+    "slot": "slot",
+}
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A claim about the change of one score, and the sign that makes it true."""
+
+    claim: str
+    column: str
+    sign: int
+
+
+AIMS = (
+    Aim("bounds raise F more than RBP", "F_dist", +1),
+    Aim("bounds lower IS (undefined r skipped) more than RBP", "IS_p2", -1),
+    Aim("bounds lower IS (undefined r as 0) more than RBP", "IS_zero_p2", -1),
+    Aim("bounds lower R_excess more than RBP", "R_excess", -1),
+    Aim("bounds lower R_null more than RBP", "R_null", -1),
+)
+PLAIN_AIMS = (
+    Aim("bounds raise F, against no treatment", "F_dist", +1),
+    Aim("bounds lower R_excess, against no treatment", "R_excess", -1),
+    Aim("bounds take attribution from the injected element", "slot", -1),
+)
+SHARES_AIM = (Aim("RBP on shares lowers IS more than scaling to shares alone", "IS_p2", -1),)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which arms of a study are what.
+
+    Args:
+        base, spur: the conditions before and after injection on which claims rest.
+        line: conditions from weak to strong and their positions, for the figure.
+        real: explainers that claims are about.
+        anchors: explainers that only mark a scale.
+        slot: what the spurious element is, in words.
+        circular: explainers made of the removal that F is scored with; their F is 1 by construction, no claim on F.
+        also: further conditions to set against `base`.
+        control: the condition with the injected values of `spur`, shuffled over inputs.
+    """
+
+    base: str
+    spur: str
+    line: tuple[tuple[str, float], ...]
+    real: tuple[str, ...]
+    anchors: tuple[str, ...]
+    slot: str
+    circular: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    control: str | None = None
+
+    @property
+    def fair(self) -> tuple[str, ...]:
+        """Explainers whose F is not given by construction."""
+        return tuple(n for n in self.real if n not in self.circular)
+
+
+def direction(claim: str, differences: Mapping[str, Difference], sign: int) -> Claim:
+    """True where every method moves that way beyond chance (Holm over methods); undefined ones count as not moving."""
+    adjusted = corrected(differences)
+    right = [n for n, d in differences.items() if sign * d.value > 0 and adjusted[n] < 0.05]
+    wrong = [n for n, d in differences.items() if sign * d.value < 0 and adjusted[n] < 0.05]
+    said = "; ".join(f"{n} {d}" for n, d in differences.items())
+    evidence = f"{len(right)} of {len(differences)} do, {len(wrong)} do the opposite: {said}"
+    return Claim(claim, bool(differences) and len(right) == len(differences), evidence)
+
+
+def averages(
+    study: Study, condition: str, after: str, before: str, names: Sequence[str], wanted: Sequence[Aim]
+) -> list[Claim]:
+    """One claim a score on treatment `after` against `before`: the mean over explainers, Holm over the claims."""
+    pooled = {aim.claim: study.pooled(condition, after, before, names, aim.column) for aim in wanted}
+    adjusted = corrected(pooled)
+    claims = []
+    for aim in wanted:
+        d = pooled[aim.claim]
+        each = {n: study.change((condition, n, after), (condition, n, before), aim.column) for n in names}
+        said = "; ".join(f"{n} {one}" for n, one in each.items())
+        holds = bool(aim.sign * d.value > 0 and adjusted[aim.claim] < 0.05)
+        claims.append(
+            Claim(aim.claim, holds, f"mean over {len(names)} explainers {d}, p {adjusted[aim.claim]:.3f}: {said}")
+        )
+    return claims
+
+
+def injection_result(study: Study, layout: Layout, notes: Sequence[str]) -> Result:
+    """Everything an injection study shows."""
+    names, spurs = (*layout.real, *layout.anchors), (layout.spur, *layout.also)
+    moved = {
+        (spur, column): {n: study.change((spur, n, PLAIN), (layout.base, n, PLAIN), column) for n in names}
+        for spur in spurs
+        for column in MOVED
+    }
+    treated = {
+        (condition, treatment, column): {
+            n: study.change((condition, n, treatment), (condition, n, PLAIN), column) for n in names
+        }
+        for condition in (layout.base, *spurs)
+        for treatment in TREATMENTS
+        for column in (*JUDGED, "slot")
+    }
+    rows = _rows(study)
+    for (spur, column), by_name in moved.items():
+        rows += [_row(f"delta {column}", d, {"explainer": n, "condition": spur}) for n, d in by_name.items()]
+    for (condition, treatment, column), by_name in treated.items():
+        where = {"condition": condition, "treatment": treatment}
+        rows += [_row(f"delta {column} by treatment", d, where | {"explainer": n}) for n, d in by_name.items()]
+    tables = [levels(study, c, names) for c in (layout.base, layout.control) if c is not None]
+    for spur in spurs:
+        tables += [levels(study, spur, names), _moved_table(layout.base, spur, moved, names)]
+        tables += [_treated_table(spur, treated, names, t) for t in TREATMENTS]
+    claims = [claim for spur in spurs for claim in _claims(study, layout, spur, moved, treated)]
+    gates = [line for spur in spurs for line in gate_notes(study, spur)]
+    return Result(rows, claims, tables, _figure(study, layout, treated), (*notes, *gates, *READING_NOTES))
+
+
+def _claims(study: Study, layout: Layout, spur: str, moved: dict, treated: dict) -> list[Claim]:
+    def of(differences: Mapping[str, Difference], names: Sequence[str]) -> dict[str, Difference]:
+        return {n: differences[n] for n in names}
+
+    base, real, fair = layout.base, layout.real, layout.fair
+    told = "" if spur == layout.spur else f" ({spur})"
+    claims = [
+        direction(f"{layout.slot} takes a larger share of the attribution", of(moved[spur, "slot"], real), +1),
+        direction("injection raises R", of(moved[spur, "R"], real), +1),
+        direction("injection lowers F", of(moved[spur, "F_dist"], fair), -1),
+        direction("injection raises IS", of(moved[spur, "IS_p2"], real), +1),
+        direction("RBP (as written) lowers IS under injection", of(treated[spur, RBP, "IS_p2"], real), -1),
+        direction("RBP (as written) raises F under injection", of(treated[spur, RBP, "F_dist"], fair), +1),
+        direction("RBP on shares lowers IS under injection", of(treated[spur, RBP_SHARES, "IS_p2"], real), -1),
+        *averages(study, spur, RBP_SHARES, SHARES, real, SHARES_AIM),
+        *averages(study, spur, BOUNDS, RBP, fair, AIMS),
+        *averages(study, spur, BOUNDS, PLAIN, fair, PLAIN_AIMS),
+    ]
+    if not told:
+        claims += _following(study, layout, of)
+        claims.append(
+            direction("RBP (as written) lowers IS without injection", of(treated[base, RBP, "IS_p2"], real), -1)
+        )
+    return [Claim(c.claim + told, c.holds, c.evidence) for c in claims]
+
+
+def _following(study: Study, layout: Layout, of) -> list[Claim]:
+    """The same injected values dealt to other rows: what is left is that they follow the output."""
+    if layout.control is None:
+        return []
+    spur, control = layout.spur, layout.control
+    found = {
+        c: {n: study.change((spur, n, PLAIN), (control, n, PLAIN), c) for n in layout.real}
+        for c in ("slot", "R", "F_dist", "IS_p2", "R_excess")
+    }
+    said = "that follows the output, against the same values shuffled over inputs,"
+    return [
+        direction(f"an element {said} takes a larger share", found["slot"], +1),
+        direction(f"an element {said} raises R", found["R"], +1),
+        direction(f"an element {said} lowers F", of(found["F_dist"], layout.fair), -1),
+        direction(f"an element {said} raises IS", found["IS_p2"], +1),
+        direction(f"an element {said} raises R_excess", found["R_excess"], +1),
+    ]
+
+
+def _row(name: str, d: Difference, of: dict) -> Row:
+    return Row(name, d.value, d.n, d.ci95, of | {"p": d.p, "sd_between_models": d.between})
+
+
+def _rows(study: Study) -> list[Row]:
+    rows = []
+    for condition, found in study.trials.items():
+        for explainer, treatment in found[0].columns:
+            key: Key = (condition, explainer, treatment)
+            where = {"explainer": explainer, "treatment": treatment, "condition": condition}
+            for column in found[0].columns[explainer, treatment]:
+                n = int(np.isfinite(study.values(key, column)).sum())
+                rows.append(Row(column, study.mean(key, column), n, None, where))
+        kept = study.kept(condition)
+        rows.append(Row("gated out", float(1 - kept.mean()), len(kept), None, {"condition": condition}))
+    return rows
+
+
+def levels(study: Study, condition: str, names: Sequence[str], treatment: str = PLAIN) -> Table:
+    """Every score of every explainer under one condition."""
+    here = [(n, *(study.mean((condition, n, treatment), c) for c in SHOWN if _has(study, condition, c))) for n in names]
+    header = tuple(h for c, h in zip(SHOWN, HEADER, strict=True) if _has(study, condition, c))
+    return Table(f"Scores, {condition}", ("explainer", *header), tuple(here))
+
+
+def _has(study: Study, condition: str, column: str) -> bool:
+    return column in next(iter(study.trials[condition][0].columns.values()))
+
+
+def _moved_table(base: str, spur: str, moved: dict, names: Sequence[str]) -> Table:
+    lines = tuple((n, *(str(moved[spur, c][n]) for c in MOVED)) for n in names)
+    title = f"What injection changes ({spur} minus {base}; paired, 95 %)"
+    return Table(title, ("explainer", *(TITLES[c] for c in MOVED)), lines)
+
+
+def _treated_table(spur: str, treated: dict, names: Sequence[str], treatment: str) -> Table:
+    columns = (*JUDGED, "slot")
+    lines = tuple((n, *(str(treated[spur, treatment, c][n]) for c in columns)) for n in names)
+    title = f"What {treatment} changes ({spur}; paired with plain, 95 %)"
+    return Table(title, ("explainer", *(TITLES[c] for c in columns)), lines)
+
+
+def gate_notes(study: Study, condition: str) -> tuple[str, ...]:
+    """How many rows the gate dropped."""
+    kept = study.kept(condition)
+    return (
+        f"Gated out, {condition} (the injection itself moved the output by over 0.05 sd, or the row was not injected): "
+        f"{1 - kept.mean():.0%} of {len(kept)} rows of {len(study.trials[condition])} models.",
+    )
+
+
+READING_NOTES = (
+    "R, F and IS are those of iq-reading-1; the paper's own formulas are not public in full, so its numbers cannot be "
+    "compared with these. High R is bad, low IS is good; IS alone cannot tell an exact explanation (R 1, F 1) from "
+    "noise (R 0, F 0). 'skip' leaves out elements whose attribution never moves, 'zero' counts them as r = 0.",
+    "RBP as written leaves attributions in their own units, on which its strength then depends; 'on shares' it first "
+    "scales them to sum|a| = 1, which alone changes R and R_excess, as a share moves with all others ('shares only').",
+    "Bounds cost 8 * (elements + 1) scores a row, once for all explainers; RBP costs 4 explanations instead of 1.",
+    "Intervals: bootstrap over models, then rows within them. p: the same draws, Holm over explainers; claims on means "
+    "over explainers are Holm-corrected among themselves.",
+)
+
+
+def _figure(study: Study, layout: Layout, treated: dict) -> bytes:
+    figure, axes = canvas(2, 4, 13.5, 7.4)
+    titles = {"R": "R: moves with the output", "F_dist": "F: matches the effects", "IS_p2": "IS (skip, p = 2)"}
+    places = [place for _, place in layout.line]
+    for ax, (column, title) in zip(axes[0], {**titles, "slot": "share on the slot"}.items(), strict=True):
+        axes_of(ax, title, "strength of injection, psi")
+        for i, name in enumerate((*layout.real, *layout.anchors)):
+            anchor = name in layout.anchors
+            line = [study.mean((condition, name, PLAIN), column) for condition, _ in layout.line]
+            ax.plot(
+                places,
+                line,
+                marker="o",
+                markersize=3,
+                linewidth=1.2,
+                linestyle=("--", ":", "-.")[i % 3] if anchor else "-",
+                color=GREY if anchor else COLOURS[i % len(COLOURS)],
+                label=name.replace("_", " "),
+            )
+        ax.set_xticks(places)
+        ax.set_ylim(-0.03, 1.05 if column != "slot" else None)
+    names = layout.real
+    for k, (ax, column) in enumerate(zip(axes[1], JUDGED, strict=True)):
+        arrow = "up is better" if column == "F_dist" else "down is better"
+        axes_of(ax, f"{TITLES[column]} under {layout.spur}, against plain", f"change ({arrow})")
+        forest(ax, names, {t: [treated[layout.spur, t, column][n] for n in names] for t in TREATMENTS}, k == 0)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
+    )
+    return png(figure)
+
+
+def forest(ax, names: Sequence[str], series: Mapping[str, Sequence[Difference]], labelled: bool) -> None:
+    """Differences and their intervals, one line of dots a name, one colour a series."""
+    for i, (label, differences) in enumerate(series.items()):
+        at = np.arange(len(names)) + (i - (len(series) - 1) / 2) * 0.8 / (len(series) + 1)
+        value = np.array([d.value for d in differences])
+        ends = np.array([d.ci95 for d in differences])
+        error = np.abs(np.nan_to_num(np.stack([value - ends[:, 0], ends[:, 1] - value])))
+        ax.errorbar(value, at, xerr=error, fmt="o", markersize=3, linewidth=1, color=COLOURS[i], label=label)
+    ax.axvline(0, color=GREY, linewidth=0.8)
+    ax.set_yticks(range(len(names)), [n.replace("_", " ") for n in names] if labelled else [""] * len(names))
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    if labelled:
+        ax.legend(fontsize=7, frameon=False, loc="best")

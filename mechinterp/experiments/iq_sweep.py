@@ -1,0 +1,153 @@
+"""iq-sweep: how much do IS and the ranking of explainers depend on settings that the paper leaves open?
+
+1. RBP with 1, 3, 5 and 10 perturbations of 1, 5 and 10 %: IS under each, as written and on shares.
+2. The multiverse of IS itself: size of the perturbation, number of draws, reference of removed columns, p, kind of
+   correlation, rule for undefined correlations, form of F. In every cell all explainers are compared, pair by pair.
+3. What a study must be able to see: rows needed for a difference, and the smallest difference seen here.
+
+Networks (several seeds) that learnt x1 sin(x2), four columns of noise; no injection. About 1 minute on one core.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from mechinterp.experiments.iq_rows import Network
+from mechinterp.experiments.iq_study import two_level
+from mechinterp.experiments.iq_sweep_page import Multiverse, Shrinkage, sweep_result
+from mechinterp.experiments.iq_tabular import network_of
+from mechinterp.experiments.result import Result
+from mechinterp.explain.rbp import STRENGTH, rbp, shares
+from mechinterp.explain.shake import shaken
+from mechinterp.explain.tabular import EXPLAINERS
+from mechinterp.explain.tabular_questions import about_rows, of_rows
+from mechinterp.metrics.iq import Measurement, iq
+from mechinterp.metrics.iq.ask import Bench, stage
+from mechinterp.metrics.iq.scores import inversion, movement
+from mechinterp.progress import progress
+
+__all__ = ["CELLS", "DEFAULT", "GRID", "Cell", "Sizes", "run", "scores_of"]
+
+EXPLAINED = (
+    "gradient",
+    "gradient_times_input",
+    "integrated_gradients",
+    "occlusion",
+    "shapley",
+    "kernel_shap",
+    "lime",
+    "lime_times_input",
+    "random",
+    "echo",
+)
+COUNTS, SIZES_OF_NOISE = (1, 3, 5, 10), (0.01, 0.05, 0.10)
+GRID: dict[str, tuple] = {
+    "noise": SIZES_OF_NOISE,
+    "draws": (3, 5, 10, 30),
+    "reference": ("zero", "a training row"),
+    "p": (1, 2, 4),
+    "correlation": ("Pearson", "Spearman"),
+    "undefined": ("skip", "zero"),
+    "F": ("F_dist", "F_corr"),
+}
+DEFAULT = (0.05, 30, "zero", 2, "Pearson", "skip", "F_dist")
+Cell = tuple
+CELLS: tuple[Cell, ...] = tuple(itertools.product(*GRID.values()))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; `few` takes three explainers."""
+
+    rows: int = 30
+    seeds: int = 8
+    steps: int = 1500
+    few: bool = False
+
+
+QUICK = Sizes(rows=6, seeds=1, steps=40, few=True)
+
+
+def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Result:
+    """Run the experiment. `sizes` overrides both versions."""
+    size = sizes or (QUICK if quick else Sizes())
+    names = ("gradient_times_input", "shapley", "random") if size.few else EXPLAINED
+    networks = [network_of(seed * 100 + s, size.steps, size.rows) for s in range(size.seeds)]
+    universe: list[dict[tuple[Cell, str], np.ndarray]] = []
+    shrunk: list[dict[tuple[str, str, int, float], np.ndarray]] = []
+    for s, network in enumerate(progress(networks, "sweeping", unit="network")):
+        universe.append(_multiverse(network, names, seed + s))
+        shrunk.append(_shrinkage(network, names, seed + s))
+    weights = two_level(np.repeat(np.arange(size.seeds), size.rows))
+    cells = {key: np.concatenate([one[key] for one in universe]) for key in universe[0]}
+    treated = {key: np.concatenate([one[key] for one in shrunk]) for key in shrunk[0]}
+    skills = [n.skill for n in networks]
+    return sweep_result(
+        Multiverse(names, GRID, DEFAULT, cells, weights), Shrinkage(COUNTS, SIZES_OF_NOISE, treated, weights), skills
+    )
+
+
+def _multiverse(network: Network, names: tuple[str, ...], seed: int) -> dict[tuple[Cell, str], np.ndarray]:
+    """IS of every row in every cell; one call of each explainer for each size of noise and reference."""
+    row = _training_row(network, seed)
+    references = {"zero": network.reference, "a training row": row}
+    found = {}
+    for noise, where in itertools.product(GRID["noise"], GRID["reference"]):
+        question = about_rows(network.f, network.test, references[where])
+        bench = stage(question, draws=max(GRID["draws"]), noise=noise, seed=seed, co_movement=False)
+        for i, name in enumerate(names):
+            measured = bench.measurement(bench.explain(of_rows(EXPLAINERS[name]), 1_000 * seed + i)[0])
+            for draws, p, how, rule, f in itertools.product(*(GRID[k] for k in list(GRID)[1:2] + list(GRID)[3:])):
+                found[(noise, draws, where, p, how, rule, f), name] = scores_of(measured, draws, p, how, rule, f)
+    return found
+
+
+def _training_row(network: Network, seed: int) -> torch.Tensor:
+    """One input drawn as training inputs are."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(network.test.shape[1], generator=generator, dtype=network.test.dtype) * 4 - 2
+
+
+def scores_of(measured: Measurement, draws: int, p: int, how: str, rule: str, f: str) -> np.ndarray:
+    """IS by row under one cell's choices, from the first `draws` draws."""
+    change = measured.attributions[:, :draws] - measured.attribution[:, None]
+    dy = measured.outputs[:, :draws] - measured.output[:, None]
+    r = movement(change, dy, measured.attributions[:, :draws])
+    if how == "Spearman":
+        ranked = movement(rankdata(change, axis=1), rankdata(dy, axis=1))
+        r = np.where(np.isfinite(r), ranked, np.nan)  # ranks of rounding errors are no movement
+    size = np.abs(r)
+    defined = np.isfinite(size)
+    count = defined.sum(1) if rule == "skip" else np.full(len(size), size.shape[1])
+    R = np.divide(np.where(defined, size, 0.0).sum(1), count, out=np.full(len(size), np.nan), where=count > 0)
+    scores = iq(measured, powers=(2,))
+    return inversion(R, scores.F_dist if f == "F_dist" else scores.F_corr, p)
+
+
+def _shrinkage(network: Network, names: tuple[str, ...], seed: int) -> dict[tuple[str, str, int, float], np.ndarray]:
+    """IS (undefined r skipped) under RBP by explainer, form, number of perturbations and their size."""
+    bench = stage(about_rows(network.f, network.test, network.reference), seed=seed, draws=15, co_movement=False)
+    found = {}
+    for i, name in enumerate(names):
+        explain = of_rows(EXPLAINERS[name])
+        for noise in SIZES_OF_NOISE:
+            generator = torch.Generator().manual_seed(1_000 * seed + i)
+            near = shaken(bench.near, max(COUNTS), noise, generator)
+            seen = explain(near, generator).view(len(bench.near), 1 + max(COUNTS), -1)
+            for n in COUNTS:
+                for form, as_written in (("as written", True), ("on shares", False)):
+                    a = rbp(seen[:, 0], seen[:, 1 : 1 + n], STRENGTH, as_written=as_written)
+                    found[name, form, n, noise] = _inversion(bench, a)
+            found[name, "plain", 0, noise] = _inversion(bench, seen[:, 0])
+            found[name, "shares only", 0, noise] = _inversion(bench, shares(seen[:, 0]))
+    return found
+
+
+def _inversion(bench: Bench, attributions: torch.Tensor) -> np.ndarray:
+    values = attributions.detach().numpy().reshape(*bench.output.shape, -1)
+    return iq(bench.measurement(values)).IS[2]
