@@ -125,9 +125,8 @@ def _questions(command: Command) -> None:
     sub.add_argument("--features", required=True, metavar="SITE:12,SITE:40")
     sub.add_argument("--target", help="target name from dataset.json")
 
-    sub = command(
-        "explain", _explain, "one saliency map of one image", "explain cxr-clip --image a.png --target pneumonia"
-    )
+    example = "explain cxr-clip --image a.png --target pneumonia --method occlusion"
+    sub = command("explain", _explain, "one saliency map of one image", example)
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--image", type=Path, required=True, metavar="FILE")
     sub.add_argument("--target", required=True, metavar="TEXT")
@@ -135,12 +134,8 @@ def _questions(command: Command) -> None:
     sub.add_argument("--method", required=True, metavar="NAME", help="such as occlusion; a wrong name lists all")
     sub.add_argument("--data", metavar="DATA", help="what sae_maps and graph_patches train on where nothing is stored")
 
-    sub = command(
-        "graph",
-        _graph,
-        "from patches and words through features to a score: the attribution graph of one image",
-        "graph cxr-clip --image a.png --target pneumonia --out graph",
-    )
+    about = "from patches and words through features to a score: the attribution graph of one image"
+    sub = command("graph", _graph, about, "graph cxr-clip --image a.png --target pneumonia --out graph")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--image", type=Path, required=True, metavar="FILE")
     sub.add_argument("--target", required=True, metavar="TEXT", help="a finding, a prompt, or a question")
@@ -155,18 +150,23 @@ def _questions(command: Command) -> None:
     sub.add_argument("--causal", action="store_true", help="also test the graph by interventions on the model (slower)")
     sub.add_argument("--suppress", metavar="NAME", help="suppress a group, a named feature, or ids A,B in the model")
 
+    sub = command("iq", _iq, "explainers side by side on one model", "iq phantom-clip --methods lime,grad_cam")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--data", metavar="DATA", help=f"data folder (default: a phantom of {DEFAULT_IMAGES} images)")
+    sub.add_argument("--target", help="target in dataset.json (default: the one the model's card names)")
+    sub.add_argument("--methods", metavar="A,B", help="default: all that apply and need no graph")
+    sub.add_argument("--masks", metavar="A,B", help="attributes whose masks maps are held beside, such as a shortcut's")
+    sub.add_argument("--images", type=int, default=6, metavar="N", help="test images, one a patient (default 6)")
+
     sub = command("doctor", _doctor, "does this model hook, restore, freeze and score as it should?", "doctor my-model")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA")
 
-    sub = command(
-        "experiment",
-        _experiment,
-        "a reproducible experiment: result.json, table.md and figure.png",
-        "experiment superposition --quick --out out/superposition",
-    )
+    about = "a reproducible experiment: result.json, table.md and figure.png"
+    sub = command("experiment", _experiment, about, "experiment superposition --quick --out out/superposition")
     sub.add_argument("name", metavar="NAME", help="which one; `list` names them")
     sub.add_argument("--quick", action="store_true", help="the small version: shows that it runs, is no result")
+    sub.add_argument("--data", type=Path, metavar="DATA", help="real images, for the experiments that take them")
 
     sub = command("verify", _verify, "check every file of an artefact folder against its manifest", "verify out/audit")
     sub.add_argument("folder", type=Path, metavar="DIR")
@@ -324,6 +324,12 @@ def _graph(args: argparse.Namespace) -> None:
     print(f"picture: {out / 'graph.png'}, page: {(out / 'graph.html').resolve()}")
 
 
+def _iq(args: argparse.Namespace) -> None:
+    from mechinterp.audit.explainers.command import run
+
+    print(run(args, _load, _open(args.data, args.seed), _out(args)))
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from mechinterp.models.doctor import doctor
 
@@ -347,7 +353,7 @@ def _experiment(args: argparse.Namespace) -> None:
             print(f"  {entry.name:24} {entry.question}")
         return
     out = args.out or Path("out") / args.name
-    result = run_experiment(args.name, out, quick=args.quick, seed=args.seed)
+    result = run_experiment(args.name, out, quick=args.quick, seed=args.seed, data=args.data)
     for claim in result.claims:
         print(f"{'holds' if claim.holds else 'FAILS'}  {claim.claim}: {claim.evidence}")
     print(f"experiment: {out / 'table.md'}, {out / 'figure.png'}")
