@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp.explain.patches import in_patches
 from mechinterp.explain.question import Question
 
 __all__ = [
@@ -32,6 +33,7 @@ WIDTH = 0.25  # of LIME's kernel, in cosine distance
 @torch.no_grad()
 def occlusion(question: Question, generator: torch.Generator) -> Float[Tensor, "row element"]:
     """What the score loses when one element goes to its reference (Zeiler and Fergus 2014), in units of the score."""
+    question = in_patches(question)
     alone = ~torch.eye(question.count, dtype=torch.bool, device=_device(question))
     return question.score()[:, None] - question.shared(alone)
 
@@ -43,6 +45,7 @@ def kernel_shap(question: Question, generator: torch.Generator, samples: int = S
     Costs `2 * samples + 2` scores a row. The attributions of a row sum to its score minus that of its reference. With
     fewer samples than elements the answer of least spread is taken.
     """
+    question = in_patches(question)
     device = _device(question)
     ends = torch.tensor([[False], [True]], device=device).expand(2, question.count)
     if question.count == 1:
@@ -95,6 +98,7 @@ def lime(
     Elements are kept with chance 0.5, the first sample keeps all. Ridge regression as the authors' code has it for
     images (alpha 1); the lasso of other libraries gives all zeros where scores are small.
     """
+    question = in_patches(question)
     member = torch.rand(samples, question.count, generator=generator) < KEPT
     member[0] = True
     member = member.to(_device(question))
@@ -123,6 +127,7 @@ def rise(question: Question, generator: torch.Generator, samples: int = SAMPLES)
     Centred: scores and masks count from their means over the samples, so an element that does not matter tends to 0
     and not to the mean score.
     """
+    question = in_patches(question)
     mask = rise_masks(question.count, question.shape, samples, generator).to(_device(question))
     return rise_solve(mask, question.shared(mask))
 

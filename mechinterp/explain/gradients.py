@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.explain.patches import in_patches
 from mechinterp.explain.question import Question, Values
 
 __all__ = [
@@ -34,7 +35,7 @@ NOISE = 0.1  # of GradientSHAP's references, beside the spread of input minus re
 
 def gradient_times_input(question: Question, generator: torch.Generator) -> Float[Tensor, "row element"]:
     """Gradient times distance from the reference (Shrikumar et al. 2017, section 2), summed over each element."""
-    return _by_element(question, 1, gradient_times_input_values)
+    return _by_element(in_patches(question), 1, gradient_times_input_values)
 
 
 def integrated_gradients(
@@ -45,7 +46,7 @@ def integrated_gradients(
     A row sums to its score minus that of its reference, up to the error of `steps` Gauss-Legendre points. Costs `steps`
     forward and backward passes a row.
     """
-    return _by_element(question, steps, lambda piece: integrated_gradients_values(piece, steps))
+    return _by_element(in_patches(question), steps, lambda piece: integrated_gradients_values(piece, steps))
 
 
 def gradient_shap(
