@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from graph_toys import pairing_errors
+from transformer_lens.model_bridge import TransformerBridge
 
 from graphs.frozen import check, from_transformer_lens, worst
 from graphs.targets import TokenLogit
@@ -82,6 +83,11 @@ def test_what_cannot_be_frozen_says_why() -> None:
         from_transformer_lens(lens(act_fn="gelu", parallel_attn_mlp=True), TOKENS, [TokenLogit(1)])
     with pytest.raises(ModelError, match="Linear is not a HookedTransformer"):
         from_transformer_lens(torch.nn.Linear(1, 1), TOKENS, [TokenLogit(1)])
+    bridge = TransformerBridge.__new__(TransformerBridge)  # refused by its type, before anything in it is touched
+    torch.nn.Module.__init__(bridge)
+    with pytest.raises(ModelError, match=r"a TransformerBridge cannot be frozen .*HookedVLM\.from_pretrained") as said:
+        from_transformer_lens(bridge, TOKENS, [TokenLogit(1)])
+    assert len(str(said.value).splitlines()) == 1
     model = lens(act_fn="gelu")
     with pytest.raises(UsageError, match="position 9"):
         from_transformer_lens(model, TOKENS, [TokenLogit(1, 9)])

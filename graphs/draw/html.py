@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float
 
 from graphs.draw.png import caption, title_of
-from graphs.draw.scene import Names, feature_names, feeds_of, grid_of, make_scene, patch_of, quoted
+from graphs.draw.scene import Names, feature_names, feeds_of, grid_of, make_scene, output_name, patch_of, quoted
 from graphs.influence import edges_of, influence, output_weights, shares, total_effect
-from graphs.nodes import NodeType
+from graphs.nodes import Node, NodeType
 from graphs.supernodes import Supernodes
 from mechinterp.pages.heat import thumbnail
 from mechinterp.pages.html import clean, data_uri, page
@@ -86,7 +86,7 @@ def page_of(
         "graph.css",
         "graph.js",
         title=title or title_of(graph),
-        subtitle="   ".join(part for part in below if isinstance(part, str) and part),
+        subtitle=" · ".join(part for part in below if isinstance(part, str) and part),
         start=_start([box.influence for box in scene.boxes if box.kind == NodeType.FEATURE]),
         grid=grid,
         image=data_uri(thumbnail(np.clip(image, 0, 1), side=480)) if image is not None and grid else None,
@@ -123,7 +123,7 @@ def _nodes(graph: AttributionGraph, names: Names | None) -> list[dict[str, Any]]
                 "layer": node.layer,
                 "feature": node.feature,
                 "key": f"{tower}.{node.layer}.{node.feature}" if node.type == NodeType.FEATURE else "",
-                "name": clean(given or (f"F{node.feature}" if node.type == NodeType.FEATURE else node.label)),
+                "name": clean(given or _plain_name(graph, node)),
                 "label": clean(node.label),
                 "place": "" if spot else clean(place),
                 "patch": list(spot) if spot else None,
@@ -137,6 +137,12 @@ def _nodes(graph: AttributionGraph, names: Names | None) -> list[dict[str, Any]]
             }
         )
     return made
+
+
+def _plain_name(graph: AttributionGraph, node: Node) -> str:
+    if node.type == NodeType.FEATURE:
+        return f"F{node.feature}"
+    return output_name(graph, node.label) if node.type == NodeType.OUTPUT else node.label
 
 
 def _edges(graph: AttributionGraph) -> list[tuple[int, int, float, float]]:

@@ -35,6 +35,7 @@ __all__ = [
     "feeds_of",
     "grid_of",
     "make_scene",
+    "output_name",
     "patch_of",
     "quoted",
 ]
@@ -188,6 +189,14 @@ def quoted(place: str) -> str:
     return place if place == "CLS" else f"“{place}”"
 
 
+def output_name(graph: AttributionGraph, label: str) -> str:
+    """What an output is called beside the others: "image half" where all are halves of one score, else its label."""
+    wholes = {output.name.partition(" (")[0] for output in graph.outputs}
+    if len(graph.outputs) == 1 or len(wholes) > 1:
+        return label
+    return label.removeprefix(f"{wholes.pop()} (").removesuffix(")")
+
+
 def certificate(graph: AttributionGraph) -> dict[str, Any]:
     """What is printed on every picture: how exactly rows add up, the scores, and what was pruned."""
     pre = graph.nodes.pre[graph.targets].double()
@@ -261,6 +270,7 @@ def _box(graph: AttributionGraph, key: tuple, members: list[int], reach, effect,
     elif kind == NodeType.CLS:
         name = "class token"
     elif kind == NodeType.OUTPUT:
+        name = output_name(graph, name)
         detail = f"{float(nodes.activation[first]):+.3f}".replace("-", "−")
     if kind in (NodeType.BIAS, NodeType.POSITION, NodeType.CLS):
         layer = -1

@@ -59,8 +59,14 @@ def from_transformer_lens(
 
 
 def _supported(model: Any) -> None:
-    if type(model).__name__ != "HookedTransformer":
-        raise ModelError(f"{type(model).__name__} is not a HookedTransformer", hint="load it as a HookedTransformer")
+    kind = type(model).__name__
+    if kind == "TransformerBridge":  # its vision hooks cannot hold attention, and its LLM hooks see no projector
+        hint = (
+            "HookedVLM.from_pretrained(folder) for LLaVA and Gemma 3, or a HookedTransformer for plain language models"
+        )
+        raise ModelError("a TransformerBridge cannot be frozen", where=_name_of(model), hint=hint)
+    if kind != "HookedTransformer":
+        raise ModelError(f"{kind} is not a HookedTransformer", hint="load it as a HookedTransformer")
     cfg = model.cfg
     refused = {
         "parallel attention and MLP": cfg.parallel_attn_mlp,
@@ -74,6 +80,10 @@ def _supported(model: Any) -> None:
     for what, there in refused.items():
         if there:
             raise ModelError(f"has {what}, which no frozen part stands for", where=str(cfg.model_name))
+
+
+def _name_of(model: Any) -> str | None:
+    return getattr(getattr(model, "cfg", None), "model_name", None)
 
 
 def _norm(norm: Any, name: str, at: dict[str, Tensor], d: int, rows: int) -> FrozenNorm:

@@ -114,9 +114,10 @@
   let WIDE = 1400;
   function measure(u) {
     if (u.quiet || u.kind === "token" || u.kind === "patch") { u.w = width(label(u), "12.5px system-ui, sans-serif") + 22; u.h = 24; return; }
-    const a = width(short(u.name, 30), "650 12.5px system-ui, sans-serif"), b = width(short(u.detail, 36), "10.5px system-ui, sans-serif");
+    const a = width(short(u.name, longest(u)), "650 12.5px system-ui, sans-serif"), b = width(short(u.detail, 36), "10.5px system-ui, sans-serif");
     u.w = Math.max(a, b) + 26; u.h = 40;
   }
+  function longest(u) { return u.kind === "output" ? 46 : 30; }
   function label(u) { return u.kind === "patch" ? u.first.patch ? "patch " + u.first.patch.join(",") : u.name : short(u.name, 18); }
   const words = (members) => members.every((u) => u.kind === "token");
   function wrapped(members, room) {
@@ -275,7 +276,7 @@
     el("rect", { class: "frame", x: -u.w / 2, y: -u.h / 2, width: u.w, height: u.h, rx: 5 }, g);
     if (u.h < 30) el("text", { class: "name", x: 0, y: 4, "text-anchor": "middle" }, g, label(u));
     else {
-      el("text", { class: "name", x: -u.w / 2 + 9, y: u.detail ? -3 : 4 }, g, short(u.name, 30));
+      el("text", { class: "name", x: -u.w / 2 + 9, y: u.detail ? -3 : 4 }, g, short(u.name, longest(u)));
       if (u.detail) el("text", { class: "detail", x: -u.w / 2 + 9, y: 12 }, g, short(u.detail, 36));
     }
     if (u.kind === "feature") el("rect", { class: "bar", x: -u.w / 2 + 5, y: u.h / 2 - 3, width: ((u.w - 10) * Math.min(1, u.inf / largest)).toFixed(1), height: 3 }, g);
