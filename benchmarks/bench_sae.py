@@ -9,6 +9,7 @@ hierarchy and with a skewed frequency, in superposition.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -45,14 +46,27 @@ def run(quick: bool = False) -> list[Row]:
 
 
 def run_long() -> Iterator[list[Row]]:
-    """Quality of longer runs on smaller batches, three seeds: `python -m benchmarks.bench_sae`, about 20 CPU minutes.
+    """Quality at the larger sizes and of a longer run, three seeds: `python -m benchmarks.bench_sae long`.
 
-    Yields the rows so far after each kind.
+    About 25 CPU minutes. Yields the rows so far after each kind.
     """
     rows: list[Row] = []
-    for d, steps in ((128, 250), (256, 60)):
+    for d, steps, batch in ((256, 60, 1024), (768, 40, 512), (128, 250, 1024)):
         for kind in KINDS:
-            rows += _quality(kind, d, steps, seeds=3, batch=1024)
+            rows += _quality(kind, d, steps, seeds=3, batch=batch)
+            yield rows
+
+
+def run_peers() -> Iterator[list[Row]]:
+    """Speed of TopK and BatchTopK beside every other package: `python -m benchmarks.bench_sae peers`.
+
+    About 8 CPU minutes. Yields the rows so far after each kind.
+    """
+    rows: list[Row] = []
+    for d in SIZES:
+        batches = [next(stream) for stream in [structured(d, seed=0)] for _ in range(3)]
+        for kind in ("topk", "batchtopk"):
+            rows += _speed(kind, d, batches, repeats=3)
             yield rows
 
 
@@ -180,6 +194,7 @@ def _finished_peer(trainer: Any) -> Any:
 
 
 if __name__ == "__main__":
-    for long in run_long():
-        save("sae-long", long, False, RESULTS)
-        print(table("sae-long", long), flush=True)
+    wanted = sys.argv[1]
+    for some in {"long": run_long, "peers": run_peers}[wanted]():
+        save(f"sae-{wanted}", some, False, RESULTS)
+        print(table(f"sae-{wanted}", some), flush=True)

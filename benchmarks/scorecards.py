@@ -2,8 +2,9 @@
 
     python -m benchmarks.scorecards                                     all on phantoms (about 10 minutes on one core)
     python -m benchmarks.scorecards cxr-clip --data FOLDER              on a data folder of yours
+    python -m benchmarks.scorecards phantom-llava --site "projector.*"  of one site
 
-Dictionaries of the vision tower only: a null of another site needs its own texts.
+Dictionaries of image tokens only, in the vision tower or after the projector; those of words: `benchmarks.words`.
 
 1. Images that no training of models or dictionaries saw (phantoms of a seed used nowhere else), split by patient.
 2. Activations at the dictionary's site; a twin model with random weights and a dictionary trained on it as one null.
@@ -88,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scorecards")
     parser.add_argument("names", nargs="*", default=list(PHANTOMS))
     parser.add_argument("--data", type=Path, help="data folder (default: new phantoms)")
+    parser.add_argument("--site", help="names of dictionaries (default: vision.* and projector.*)")
     parser.add_argument("--images", type=int, default=1200)
     parser.add_argument("--draws", type=int, default=1000)
     args = parser.parse_args()
@@ -98,8 +100,9 @@ def main() -> None:
             Phantom.sample(args.images, seed=SEED).write(folder)
         data = open_data(folder)
         for name in args.names:
-            there = bundled_folder(name)
-            for number, one in enumerate(sorted((there or Path()).glob("dictionaries/vision.*"))):
+            there = (bundled_folder(name) or Path()) / "dictionaries"
+            patterns = [args.site] if args.site else ["vision.*", "projector.*"]
+            for number, one in enumerate(path for pattern in patterns for path in sorted(there.glob(pattern))):
                 card(name, one, data, args.draws, Path(scratch) / f"{name}-{number}")
 
 

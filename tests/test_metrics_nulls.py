@@ -247,6 +247,20 @@ def test_rendered_pairs_differ_in_one_factor():
         pairs.encode(Placed.sae(twin.dictionary, RESID[1]), "portable")
 
 
+def test_rendered_pairs_after_the_projector_hold_every_patch():
+    from tiny_models import tiny
+
+    from mechinterp.data.phantom import Phantom
+    from mechinterp.models import HookedVLM
+
+    model, phantom = HookedVLM(*tiny("llava")), Phantom.sample(2, seed=1, size=64)
+    before, after = (
+        rendered_pairs(model, site, phantom, ["drain"]).activations["drain"][1]
+        for site in ("vision.blocks.0.hook_resid_post", "projector.hook_out")
+    )
+    assert after.shape[:2] == before.shape[:2]  # the class token is gone already
+
+
 def test_tapa_score_on_the_card(placed, store, data):
     """Pairs made by hand: images without the square, and the same with what the square adds to its patch."""
     index, x = store.index_of(SITE), store.site(SITE)[:].view(320, 16, D)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mechinterp.data.phantom import FACTORS, MENTIONED, VOCABULARY, Phantom, mentions, prompts, question_answers
+from mechinterp.data.phantom.language import named
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +105,13 @@ def test_one_number_equals_the_array_of_numbers():
 
     index = np.array([0, 1, 77, 10**6])
     assert uniform(5, "text/a", index).tolist() == [uniform_one(5, "text/a", int(i)) for i in index]
+
+
+def test_names_are_found_where_they_stand():
+    text = "No pleural fluid . left chest tube and a central venous catheter , effusions"
+    found = {name: [text[a:b] for a, b in spans] for name, spans in named(text).items() if spans}
+    assert found == {
+        "effusion": ["pleural fluid", "effusions"],
+        "drain": ["chest tube"],
+        "line": ["central venous catheter"],
+    }

@@ -4,21 +4,23 @@
     python training/dictionaries.py cxr-clip --data FOLDER --width 512 --epochs 30
     python training/dictionaries.py MODEL --class-token          (about 1 minute; CLIP only)
     python training/dictionaries.py MODEL --site SITE --tokens patch|text|all --width 512
-    python training/dictionaries.py MODEL [--data FOLDER] --sisters 2
+    python training/dictionaries.py MODEL [--data FOLDER] --sisters 2 [--site SITE]
 
 The first is a TopK SAE on the patch tokens of the stream after the last vision block but one: what an audit removes.
 The class token has a Matryoshka SAE after the last block: 256 latents of which 4 fire, in which a factor has few
-latents (docs/dictionaries.md). --site is any other place. --sisters trains every stored dictionary of the model again
-from other seeds, keeps with it how often each of its latents comes back, and throws the sisters away.
+latents (docs/dictionaries.md). --site is any other place. --sisters trains every stored dictionary of the model (or the
+one at --site) again from other seeds, keeps with it how often each of its latents comes back, and throws the sisters
+away.
 
 1. Extract activations on training patients (phantoms of a seed used nowhere else, or a data folder).
 2. Train in our data order; R2, L0 and dead latents are read on test patients, beside those of an untrained dictionary.
-3. Save in sae-lens's layout at mechinterp/bundled/MODEL/dictionaries/SITE.
+3. Save in sae-lens's layout at mechinterp/bundled/MODEL/dictionaries/SITE, and rewrite the card's section.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
@@ -71,10 +73,10 @@ def report(placed: Placed, store: ActivationStore, config: TopKConfig | Matryosh
     )
 
 
-def sisters(name: str, folder: Path | None, count: int, scratch: Path) -> None:
-    """Keep with every stored dictionary how often its latents come back in `count` others of other seeds."""
+def sisters(name: str, folder: Path | None, count: int, only: str | None, scratch: Path) -> None:
+    """Keep with every stored dictionary, or one, how often its latents come back in `count` others of other seeds."""
     model = HookedVLM.from_pretrained(name)
-    for stored in sorted((BUNDLED / name / "dictionaries").iterdir()):
+    for stored in sorted((BUNDLED / name / "dictionaries").glob(only or "*")):
         info = load_sae(stored).dictionary.info  # type: ignore[attr-defined]
         images, site, tokens = info["data"]["images"], info["site"], info["tokens"]
         store = store_of(model, folder, images, site, tokens, scratch)
@@ -85,6 +87,40 @@ def sisters(name: str, folder: Path | None, count: int, scratch: Path) -> None:
         ]
         kept = keep_stability(stored, made)
         print(f"{name} {site}: reappearance {kept['mean']:.3f} over seeds {kept['seeds']}, chance {kept['chance']:.3f}")
+
+
+def section(model: Path) -> str:
+    """The card's section: what each stored dictionary says of itself (validation patients)."""
+    lines = [
+        "## Dictionaries",
+        "",
+        "Sparse autoencoders in `dictionaries/`, by `python training/dictionaries.py`. On validation patients:",
+        "",
+        "| site | tokens | kind | width, k | L0 | R2 | dead | R2 untrained | come back with another seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for stored in sorted((model / "dictionaries").iterdir()):
+        info = json.loads((stored / "mechinterp.json").read_text())
+        config, own, null = info["config"], info["metrics"], info["metrics_untrained"]
+        kept = info.get("stability")
+        returns = f"{kept['mean']:.3f}" if kept else "not measured"
+        cells = [
+            info["site"],
+            ", ".join(info.get("token_kinds", [info["tokens"]])),
+            config["kind"],
+            f"{config['width']}, {config['k']}",
+        ]
+        cells += [f"{own['l0']:.1f}", f"{own['r2']:.3f}", f"{own['dead']:.3f}", f"{null['r2']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, returns])} |")
+    return "\n".join([*lines, "", "What they hold, beside what has learnt nothing: `docs/dictionaries.md`.", ""])
+
+
+def write_card(model: Path) -> None:
+    """Put the section before that of the transcoders, in place of an older one; close the folder."""
+    path = model / "README.md"
+    before, mark, after = path.read_text().partition("## Transcoders")
+    path.write_text(f"{before.split('## Dictionaries')[0].rstrip()}\n\n{section(model)}\n{mark}{after}")
+    write_manifest(model, {"kind": "model", "name": model.name})
 
 
 def main() -> None:
@@ -105,7 +141,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         if args.sisters:
-            sisters(args.model, args.data, args.sisters, Path(scratch))
+            sisters(args.model, args.data, args.sisters, args.site, Path(scratch))
         else:
             model = HookedVLM.from_pretrained(args.model)
             last = f"vision.blocks.{model.n_layers() - 1}.hook_resid_post"
@@ -118,7 +154,7 @@ def main() -> None:
             placed = train_sae(store, site, config, out=out, seed=args.seed)
             print(args.model, report(placed, store, config, args.seed))
     if args.out is None:
-        write_manifest(BUNDLED / args.model, {"kind": "model", "name": args.model})
+        write_card(BUNDLED / args.model)
 
 
 if __name__ == "__main__":

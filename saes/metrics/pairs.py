@@ -59,7 +59,7 @@ def rendered_pairs(
 
     Args:
         model: the model.
-        site: a site of its vision tower.
+        site: a site of its vision tower, or of its projector, where every token is a patch.
         phantom: patients unseen in training (a few dozen are enough).
         factors: binary factors of the phantom.
         tokens: those the dictionary reads: "patch", "cls" (the first token), or "all".
@@ -87,7 +87,7 @@ def _at(model: HookedVLM, site: str, pixels: np.ndarray, tokens: str, batch_size
         batch, seen = model.preprocess(pixels[start : start + batch_size]), []
         with model.hooks(fwd_hooks=[(site, lambda value, hook, seen=seen: seen.append(value))]):
             model.encode_image(batch)  # no prompt is needed, also by a generative model
-        patches = model.patch_tokens(batch)
+        patches = slice(0, None) if Site.parse(site).tower == "projector" else model.patch_tokens(batch)
         if tokens == "cls" and not patches.start:
             raise UsageError("has no class token", where=site)
         kept.append({"patch": seen[0][:, patches], "cls": seen[0][:, :1], "all": seen[0]}[tokens])

@@ -29,7 +29,7 @@ from mechinterp.data.phantom._templates import (
 )
 from mechinterp.data.phantom.factors import FACTORS
 
-__all__ = ["MENTIONED", "VOCABULARY", "captions", "mentions", "prompts", "question_answers", "reports"]
+__all__ = ["MENTIONED", "VOCABULARY", "captions", "mentions", "named", "prompts", "question_answers", "reports"]
 
 FINDINGS = tuple(name for name, factor in FACTORS.items() if factor.kind == "finding")
 MENTIONED = FINDINGS + tuple(DEVICES)
@@ -177,6 +177,11 @@ _WORDS = {
 }
 _PATTERNS = {name: re.compile(rf"\b(?:{words})\b") for name, words in _WORDS.items()}
 _NEGATION = re.compile(r"\b(?:no|not|without|absent|normal|free)\b")
+
+
+def named(text: str) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Where a text names each finding and device, affirmed or denied: (start, end) in characters of every mention."""
+    return {name: tuple(m.span() for m in pattern.finditer(text.lower())) for name, pattern in _PATTERNS.items()}
 
 
 def mentions(report: str) -> dict[str, int | None]:
