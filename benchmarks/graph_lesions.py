@@ -8,8 +8,9 @@ also the token of its own report that names the finding):
 - the share of what all patches have that lies inside the true mask, over the mask's share of the area, by three
   measures of a patch: "influence" (sizes of all paths), "support" (paths of positive edges, `graphs.support`) and
   "total effect" (size of the signed effect);
-- the same for the model itself: each patch in turn is replaced by the image's mean, and the output read; sizes of all
-  changes, and falls alone. Pearson and Spearman over patches say how well each measure knows each of them;
+- the same for the model itself: each patch in turn is replaced by the image's mean, and the output read. Sizes of the
+  changes stand against influence and total effect, falls against support; Pearson and Spearman over patches say how
+  well a measure knows them;
 - the same for models with random weights (another one for each image). They have no dictionaries, so their graphs run
   through attention alone; the trained model's graph without dictionaries stands beside them.
 
@@ -130,8 +131,9 @@ def study_image(
     found: dict[str, float] = {}
     for name, batch, output in asked(model, pixels):
         fall = deletion(model, batch, output)
-        truth = {"sizes": np.abs(fall), "falls": np.maximum(fall, 0)}
-        found |= {f"{name}: deletion in the model, {kind}": concentration(v, cover) for kind, v in truth.items()}
+        truth = {"influence": np.abs(fall), "support": np.maximum(fall, 0), "total effect": np.abs(fall)}
+        found[f"{name}: deletion in the model, sizes"] = concentration(truth["influence"], cover)
+        found[f"{name}: deletion in the model, falls"] = concentration(truth["support"], cover)
         for place, of, given in (
             ("transcoders", model, dictionaries),
             ("attention alone", model, ()),
@@ -140,10 +142,10 @@ def study_image(
             graph = build_graph(freeze(of, batch, [output]), given, max_features=MAX_FEATURES)
             for measure, sizes in measures(graph).items():
                 found[f"{name}: {measure}, {place}"] = concentration(sizes, cover)
-                for kind, against in truth.items() if place == "transcoders" else ():
-                    pearson = float(np.corrcoef(sizes, against)[0, 1])
-                    found[f"{name}: {measure}, Pearson with deletion, {kind}"] = pearson
-                    found[f"{name}: {measure}, Spearman with deletion, {kind}"] = spearman(sizes, against)
+                if place == "transcoders":
+                    against = truth[measure]
+                    found[f"{name}: {measure}, Pearson with deletion"] = float(np.corrcoef(sizes, against)[0, 1])
+                    found[f"{name}: {measure}, Spearman with deletion"] = spearman(sizes, against)
     return found
 
 
