@@ -13,7 +13,7 @@ About 4 minutes on one core.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -126,7 +126,7 @@ def toy_of(seed: int, size: Sizes) -> Toy:
 
     owner = patch_owner(SIDE, SIDE, GRID, GRID)
     question = about_function(net, images, torch.zeros(SIDE, SIDE), owner, "patch", (GRID, GRID), inner)
-    judge = about_function(net, images, blurred(images), owner, "patch", (GRID, GRID), inner)
+    judge = replace(question, parts=(replace(question.parts[0], reference=blurred(images)),))
     scale = scale_of(about_function(net, many, torch.zeros(SIDE, SIDE), owner, "patch"))
     return Toy(question, judge, SLOT, scale, skill)
 

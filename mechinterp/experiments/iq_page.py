@@ -10,6 +10,7 @@ import numpy as np
 from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
 from mechinterp.experiments.iq_study import (
     BOUNDS,
+    CHECK,
     PLAIN,
     RBP,
     RBP_SHARES,
@@ -59,6 +60,8 @@ PLAIN_AIMS = (
     Aim("bounds lower R_excess, against no treatment", "R_excess", -1),
     Aim("bounds take attribution from the injected element", "slot", -1),
 )
+DRAWN = tuple(t for t in TREATMENTS if t != CHECK)
+CHECK_AIM = (Aim("bounds have a higher F than their check alone", "F_dist", +1),)
 SHARES_AIM = (Aim("RBP on shares lowers IS more than scaling to shares alone", "IS_p2", -1),)
 
 
@@ -169,6 +172,7 @@ def _claims(study: Study, layout: Layout, spur: str, moved: dict, treated: dict)
         *averages(study, spur, RBP_SHARES, SHARES, real, SHARES_AIM),
         *averages(study, spur, BOUNDS, RBP, fair, AIMS),
         *averages(study, spur, BOUNDS, PLAIN, fair, PLAIN_AIMS),
+        *averages(study, spur, BOUNDS, CHECK, fair, CHECK_AIM),
     ]
     if not told:
         claims += _following(study, layout, of)
@@ -275,7 +279,7 @@ def _figure(study: Study, layout: Layout, treated: dict) -> bytes:
                 marker="o",
                 markersize=3,
                 linewidth=1.2,
-                linestyle=("--", ":", "-.")[i % 3] if anchor else "-",
+                linestyle=("--", ":", "-.")[i % 3] if anchor else ("-", (0, (5, 1)))[i // len(COLOURS)],
                 color=GREY if anchor else COLOURS[i % len(COLOURS)],
                 label=name.replace("_", " "),
             )
@@ -285,7 +289,7 @@ def _figure(study: Study, layout: Layout, treated: dict) -> bytes:
     for k, (ax, column) in enumerate(zip(axes[1], JUDGED, strict=True)):
         arrow = "up is better" if column == "F_dist" else "down is better"
         axes_of(ax, f"{TITLES[column]} under {layout.spur}, against plain", f"change ({arrow})")
-        forest(ax, names, {t: [treated[layout.spur, t, column][n] for n in names] for t in TREATMENTS}, k == 0)
+        forest(ax, names, {t: [treated[layout.spur, t, column][n] for n in names] for t in DRAWN}, k == 0)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
     )
@@ -300,6 +304,7 @@ def forest(ax, names: Sequence[str], series: Mapping[str, Sequence[Difference]],
         ends = np.array([d.ci95 for d in differences])
         error = np.abs(np.nan_to_num(np.stack([value - ends[:, 0], ends[:, 1] - value])))
         ax.errorbar(value, at, xerr=error, fmt="o", markersize=3, linewidth=1, color=COLOURS[i], label=label)
+    ax.locator_params(axis="x", nbins=5)
     ax.axvline(0, color=GREY, linewidth=0.8)
     ax.set_yticks(range(len(names)), [n.replace("_", " ") for n in names] if labelled else [""] * len(names))
     ax.set_ylim(len(names) - 0.5, -0.5)

@@ -44,7 +44,7 @@ class Sizes:
     psi: tuple[float, ...] = (0.0, 0.5, 0.8)
 
 
-QUICK = Sizes(rows=6, seeds=1, draws=5, steps=60, psi=(0.0, 0.8))
+QUICK = Sizes(rows=5, seeds=1, draws=3, steps=60, psi=(0.0, 0.8))
 
 
 def network_of(seed: int, steps: int, rows: int) -> Network:

@@ -48,8 +48,8 @@ __all__ = [
 ]
 
 PLAIN, RBP, RBP_SHARES, RBP10 = "plain", "RBP", "RBP on shares", "RBP on shares, lambda 10"
-SHARES, BOUNDS = "shares only", "bounds"
-TREATMENTS = (RBP, SHARES, RBP_SHARES, RBP10, BOUNDS)
+SHARES, BOUNDS, CHECK = "shares only", "bounds", "check alone"
+TREATMENTS = (RBP, SHARES, RBP_SHARES, RBP10, BOUNDS, CHECK)
 SCORES = ("R", "R_zero", "F_dist", "F_corr", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage")
 Key = tuple[str, str, str]
 """Condition, explainer, treatment."""
@@ -85,7 +85,10 @@ class _Once:
 def arms(
     explainers: Mapping[str, ElementExplainer], treatments: Sequence[str], check: Check | None = None
 ) -> list[Arm]:
-    """Every explainer under every treatment; `bounds` need a check. Treatments see the same explanation of x."""
+    """Every explainer under every treatment; `bounds` and `check alone` need a check.
+
+    Treatments see the same explanation of x; `check alone` sees none, so it is the same for every explainer.
+    """
     found = []
     for name, explain in explainers.items():
         once = _Once(explain, shake=bool({RBP, RBP_SHARES, RBP10} & set(treatments)))
@@ -103,8 +106,9 @@ def _treated(
         return a
     if treatment == SHARES:
         return shares(a)
-    if treatment == BOUNDS and check is not None:
-        return bounded(a, *check(question))
+    if treatment in (BOUNDS, CHECK) and check is not None:
+        effect, error = check(question)
+        return effect if treatment == CHECK else bounded(a, effect, error)
     return rbp(a, around, 10.0 if treatment == RBP10 else STRENGTH, as_written=treatment == RBP)
 
 

@@ -102,8 +102,8 @@ def _multiverse(network: Network, names: tuple[str, ...], seed: int) -> dict[tup
         bench = stage(question, draws=max(GRID["draws"]), noise=noise, seed=seed, co_movement=False)
         for i, name in enumerate(names):
             measured = bench.measurement(bench.explain(of_rows(EXPLAINERS[name]), 1_000 * seed + i)[0])
-            for draws, p, how, rule, f in itertools.product(*(GRID[k] for k in list(GRID)[1:2] + list(GRID)[3:])):
-                found[(noise, draws, where, p, how, rule, f), name] = scores_of(measured, draws, p, how, rule, f)
+            for (draws, *rest), values in scores_of(measured).items():
+                found[(noise, draws, where, *rest), name] = values
     return found
 
 
@@ -113,20 +113,31 @@ def _training_row(network: Network, seed: int) -> torch.Tensor:
     return torch.rand(network.test.shape[1], generator=generator, dtype=network.test.dtype) * 4 - 2
 
 
-def scores_of(measured: Measurement, draws: int, p: int, how: str, rule: str, f: str) -> np.ndarray:
-    """IS by row under one cell's choices, from the first `draws` draws."""
+def scores_of(measured: Measurement) -> dict[Cell, np.ndarray]:
+    """IS by row for every choice of (draws, p, correlation, undefined, F); fewer draws are the first of all."""
+    scores = iq(measured, powers=(2,))
+    faithful = {"F_dist": scores.F_dist, "F_corr": scores.F_corr}
+    found = {}
+    for draws, how in itertools.product(GRID["draws"], GRID["correlation"]):
+        size = np.abs(_movement(measured, draws, how))
+        defined = np.isfinite(size)
+        total = np.where(defined, size, 0.0).sum(1)
+        for rule, p, f in itertools.product(GRID["undefined"], GRID["p"], GRID["F"]):
+            count = defined.sum(1) if rule == "skip" else np.full(len(size), size.shape[1])
+            R = np.divide(total, count, out=np.full(len(size), np.nan), where=count > 0)
+            found[draws, p, how, rule, f] = inversion(R, faithful[f], p)
+    return found
+
+
+def _movement(measured: Measurement, draws: int, how: str) -> np.ndarray:
+    """Correlation of every element with the output over the first draws; nan where it does not move."""
     change = measured.attributions[:, :draws] - measured.attribution[:, None]
     dy = measured.outputs[:, :draws] - measured.output[:, None]
     r = movement(change, dy, measured.attributions[:, :draws])
-    if how == "Spearman":
-        ranked = movement(rankdata(change, axis=1), rankdata(dy, axis=1))
-        r = np.where(np.isfinite(r), ranked, np.nan)  # ranks of rounding errors are no movement
-    size = np.abs(r)
-    defined = np.isfinite(size)
-    count = defined.sum(1) if rule == "skip" else np.full(len(size), size.shape[1])
-    R = np.divide(np.where(defined, size, 0.0).sum(1), count, out=np.full(len(size), np.nan), where=count > 0)
-    scores = iq(measured, powers=(2,))
-    return inversion(R, scores.F_dist if f == "F_dist" else scores.F_corr, p)
+    if how == "Pearson":
+        return r
+    ranked = movement(rankdata(change, axis=1), rankdata(dy, axis=1))
+    return np.where(np.isfinite(r), ranked, np.nan)  # ranks of rounding errors are no movement
 
 
 def _shrinkage(network: Network, names: tuple[str, ...], seed: int) -> dict[tuple[str, str, int, float], np.ndarray]:

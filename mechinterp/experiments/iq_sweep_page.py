@@ -134,14 +134,14 @@ def _claims(universe: Multiverse, shrinkage: Shrinkage, by_setting, everywhere, 
         claims.append(
             Claim(
                 f"changing only {name} turns no pair of explainers around (beyond chance both times)",
-                not found.any(),
+                not bool(found.any()),
                 _named(universe, found),
             )
         )
     claims.append(
         Claim(
             "no pair of explainers is turned around anywhere in the grid",
-            not everywhere.any(),
+            not bool(everywhere.any()),
             _named(universe, everywhere),
         )
     )
@@ -150,7 +150,9 @@ def _claims(universe: Multiverse, shrinkage: Shrinkage, by_setting, everywhere, 
         better = np.mean([np.sign(universe.mean(c)[i] - universe.mean(c)[j]) < 0 for c in signs])
         worse = np.mean([s[min(i, j), max(i, j)] * (1 if i < j else -1) == 1 for s in signs.values()])
         said = f"lower IS in {better:.0%} of {len(signs)} cells; random lower beyond chance in {worse:.0%}"
-        claims.append(Claim("Shapley values have a lower IS than random numbers in every cell", better == 1, said))
+        claims.append(
+            Claim("Shapley values have a lower IS than random numbers in every cell", bool(better == 1), said)
+        )
     return claims
 
 
@@ -183,7 +185,7 @@ def _setting_table(universe: Multiverse, by_setting, signs, ranks) -> Table:
     for name in by_setting:
         for cell in universe.along(name):
             value = cell[list(universe.grid).index(name)]
-            tau = float(kendalltau(ranks[universe.default], ranks[cell]).statistic)
+            tau = float(kendalltau(ranks[universe.default], ranks[cell])[0])  # type: ignore[arg-type]
             turned = int(flips([signs[universe.default], signs[cell]]).sum())
             best = universe.names[int(np.nanargmin(universe.mean(cell)))]
             lines.append((name, str(value), tau, turned, best))

@@ -38,7 +38,7 @@ class Sizes:
     psi: tuple[float, ...] = (0.0, 0.2, 0.5, 0.8)
 
 
-QUICK = Sizes(rows=10, seeds=1, draws=5, steps=200, psi=(0.0, 0.8))
+QUICK = Sizes(rows=8, seeds=1, draws=3, steps=150, psi=(0.0, 0.8))
 
 
 def network_of(seed: int, steps: int, rows: int) -> Network:

@@ -71,7 +71,7 @@ class Check:
         return effects.mean(0), effects.std(0) / self.contexts**0.5
 
     def _context(self, count: int, generator: torch.Generator) -> Bool[Tensor, " element"]:
-        """Elements that are kept; at least two are not (where there are three), so no element is ever removed alone."""
+        """Elements that are kept; at least two are not, so no effect is that of removing one element alone."""
         context = torch.rand(count, generator=generator) < self.kept
         fewest = min(2, count - 1)
         missing = fewest - int((~context).sum())

@@ -220,8 +220,8 @@ EXPLAINERS: dict[str, TabularExplainer] = {
     "shapley": shapley,
     "kernel_shap": kernel_shap,
     "lime": lime,
-    "lime_times_input": lime_times_input,
     "random": random,
     "constant": constant,
     "echo": echo,
+    "lime_times_input": lime_times_input,
 }

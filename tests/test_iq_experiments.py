@@ -1,0 +1,217 @@
+"""The IQ experiments: each quick version runs, bounds do what they say, and claims come out true and false."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from mechinterp.errors import UsageError
+from mechinterp.experiments import run_experiment
+from mechinterp.experiments.iq_page import Aim, averages, direction
+from mechinterp.experiments.iq_study import PLAIN, RBP, Difference, Study, Trial, arms, shuffled, trial, two_level
+from mechinterp.experiments.iq_sweep import DEFAULT, scores_of
+from mechinterp.experiments.iq_sweep_page import flips, rows_needed
+from mechinterp.explain.bounds import Check, bounded, capped, with_bounds
+from mechinterp.explain.inject import Scale, injected
+from mechinterp.explain.tabular import EXPLAINERS
+from mechinterp.explain.tabular_questions import about_rows, of_rows
+from mechinterp.metrics.iq import Measurement, iq
+from mechinterp.metrics.iq.ask import stage
+from mechinterp.storage import verify_folder
+
+NAMES = ("iq-tabular", "iq-real-table", "iq-shapley-rbp", "iq-image", "iq-text", "iq-sweep")
+ZERO = torch.zeros(6, dtype=torch.float64)
+
+
+def product(x):
+    """x1 sin(x2), and four columns without effect."""
+    return x[:, 0] * torch.sin(x[:, 1])
+
+
+def rows(n=40, seed=0):
+    return torch.rand(n, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 4 - 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_versions_run_and_say_what_they_found(name, tmp_path):
+    result = run_experiment(name, tmp_path / name, quick=True)
+    assert verify_folder(tmp_path / name) == []
+    written = json.loads((tmp_path / name / "result.json").read_text())
+    assert written["quick"] and len(written["claims"]) >= 10
+    assert len({claim.claim for claim in result.claims}) == len(result.claims), "every claim is made once"
+    assert sum(row["value"] is not None for row in written["rows"]) > 100
+    assert (tmp_path / name / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# -- bounds
+
+
+def test_a_check_never_asks_for_the_whole_input_and_is_asked_once():
+    seen = []
+
+    def f(x):
+        seen.append((x == 0).sum(1))
+        return x.sum(1)
+
+    question = about_rows(f, torch.ones(3, 6, dtype=torch.float64), ZERO)
+    for seed in range(5):
+        check = Check(contexts=4, kept=0.9, seed=seed)
+        effect, error = check(question)
+        assert torch.allclose(effect, torch.ones(3, 6).double()) and torch.allclose(error, torch.zeros(3, 6).double())
+    assert 0 not in torch.cat(seen), "the whole input less one element is how F is scored"
+    before = len(seen)
+    assert check(question)[0] is effect and len(seen) == before
+    with pytest.raises(UsageError, match="at least 2"):
+        Check(contexts=1)
+
+
+def test_a_check_can_fill_from_other_rows():
+    question = about_rows(lambda x: x @ torch.arange(6.0).double(), rows(5), ZERO)
+    other = rows(1, seed=3)
+    effect, _ = Check((other,))(question)
+    assert torch.allclose(effect, (question.values[0] - other) * torch.arange(6.0).double())
+
+
+def test_bounds_keep_what_is_supported_and_move_what_is_not():
+    effect, error = torch.tensor([[6.0, 3.0, 1.0]]), torch.tensor([[1.0, 0.5, 0.1]])
+    inside = torch.tensor([[5.5, -3.5, 1.0]])
+    assert torch.allclose(bounded(inside, effect, error), inside), "signs are the explainer's"
+    outside = torch.tensor([[1.0, 1.0, 8.0]])  # shares .1 .1 .8 against [.4, .8] [.2, .4] [.08, .12]
+    assert torch.allclose(bounded(outside, effect, error), torch.tensor([[4.0, 2.0, 1.2]]))
+    assert torch.allclose(capped(outside, effect, error), torch.tensor([[1.0, 1.0, 1.2]]))
+    assert torch.allclose(bounded(-50 * outside, effect, error), -50 * bounded(outside, effect, error))
+    nothing = torch.zeros(1, 3)
+    assert torch.equal(bounded(outside, nothing, nothing), outside)
+    raised = bounded(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[-4.0, 4.0, 0.0]]), nothing)
+    assert torch.allclose(raised, torch.tensor([[-0.5, 0.5, 0.0]])), "a 0 that must rise takes the effect's sign"
+
+
+def test_bounds_turn_an_echo_into_its_check_and_leave_exact_values():
+    question, check = about_rows(product, rows(), ZERO), Check()
+    exact, echo = of_rows(EXPLAINERS["shapley"]), of_rows(EXPLAINERS["echo"])
+    bench = stage(question, draws=6)
+
+    def scored(explain):
+        return iq(bench.measurement(bench.explain(explain)[0]))
+
+    plain, held = scored(echo), scored(with_bounds(echo, check))
+    assert np.nanmean(held.F_dist) > np.nanmean(plain.F_dist) + 0.3 and np.nanmean(held.R_null) < 0.1
+    assert np.nanmean(scored(with_bounds(exact, check)).F_dist) > 0.99
+
+
+# -- trials and studies
+
+
+def test_rows_are_explained_alike_through_questions():
+    x, g = rows(), torch.Generator()
+    question = about_rows(product, x, ZERO)
+    for name in ("shapley", "integrated_gradients", "lime"):
+        ours = of_rows(EXPLAINERS[name])(question, g.manual_seed(1))
+        assert torch.equal(ours, EXPLAINERS[name](product, x, ZERO, g.manual_seed(1)))
+    lime, times = (EXPLAINERS[n](product, x, ZERO + 1, g.manual_seed(2)) for n in ("lime", "lime_times_input"))
+    assert torch.allclose(times, lime * (x - 1))
+
+
+def test_treatments_see_the_same_explanation():
+    question = about_rows(product, rows(), ZERO)
+    wanted = arms(
+        {"random": of_rows(EXPLAINERS["random"])}, (PLAIN, RBP, "shares only", "bounds", "check alone"), Check()
+    )
+    generator = torch.Generator().manual_seed(0)
+    found = {arm.treatment: arm.explain(question, generator) for arm in wanted}
+    plain = found[PLAIN]
+    assert torch.allclose(found["shares only"], plain / plain.abs().sum(1, keepdim=True))
+    assert (found[RBP].abs() < plain.abs()).all() and torch.equal(found[RBP].sign(), plain.sign())
+    assert torch.equal(found["check alone"], Check()(question)[0])
+
+
+def test_the_shuffled_control_keeps_values_and_loses_who_they_belong_to():
+    near = about_rows(product, rows(60), ZERO)
+    scale = Scale(0.0, 1.0)
+    follows, dealt = injected(near, (2,), 0.8, scale, 3).question, shuffled(near, (2,), 0.8, scale, 3).question
+    ours, theirs = dealt.values[0], follows.values[0]
+    assert torch.equal(ours[:, 2].sort().values, theirs[:, 2].sort().values)
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(ours[:, others], near.values[0][:, others])
+
+    def follow(values):
+        return abs(np.corrcoef(values[:, 2], near.score())[0, 1])
+
+    assert follow(theirs) > 0.95 and follow(ours) < 0.4
+
+
+def test_a_trial_drops_rows_whose_output_moved():
+    question = about_rows(lambda x: product(x) + 3 * (x[:, 2] - 1).clamp(min=0), rows(), ZERO)
+    inject = partial(injected, slots=(2,), psi=0.8, scale=Scale(0.0, 1.0), seed=1)
+    wanted = arms({"occlusion": of_rows(EXPLAINERS["occlusion"])}, (PLAIN,))
+    found = trial("psi 0.8", question, wanted, inject, (2,), draws=4)
+    assert 0 < found.kept.sum() < 40
+    # an element that does nothing where it is kept gets nothing
+    slot = found.columns["occlusion", PLAIN]["slot"]
+    assert (slot[found.kept] == 0).all() and set(found.columns) == {("occlusion", PLAIN)}
+
+
+def planted(gain: float, seed: int = 0) -> Study:
+    """Five models of 20 rows; treatment t adds `gain` to F of every explainer, give or take."""
+    rng, study = np.random.default_rng(seed), Study()
+    for _ in range(5):
+        base = rng.random((2, 20))
+        columns = {}
+        for name, f in zip(("a", "b"), base, strict=True):
+            columns[name, PLAIN] = {"F_dist": f}
+            columns[name, "t"] = {"F_dist": f + gain + 0.02 * rng.normal(size=20)}
+        study.add(Trial("here", columns, np.arange(20) > 1))
+    return study
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.1, [True, False]), (-0.1, [False, True]), (0.0, [False, False])])
+def test_claims_follow_the_differences(gain, expected):
+    study = planted(gain)
+    each = {n: study.change(("here", n, "t"), ("here", n, PLAIN), "F_dist") for n in ("a", "b")}
+    assert all(d.n == 90 and d.value == pytest.approx(gain, abs=0.01) for d in each.values()), "gated rows are out"
+    assert [direction("x", each, sign).holds for sign in (1, -1)] == expected
+    aims = [Aim("up", "F_dist", 1), Aim("down", "F_dist", -1)]
+    assert [c.holds for c in averages(study, "here", "t", PLAIN, ("a", "b"), aims)] == expected
+    one = {"a": each["a"], "undefined": Difference(float("nan"), (0.0, 0.0), float("nan"), 0, float("nan"))}
+    assert not direction("x", one, 1).holds, "what is undefined did not move"
+
+
+def test_models_are_a_level_of_the_bootstrap():
+    group = np.repeat(np.arange(6), 50)
+    weights = two_level(group)
+    assert (weights.sum(1) == 300).all()
+    rng = np.random.default_rng(0)
+    by_model = np.repeat(rng.normal(size=6), 50) + 0.01 * rng.normal(size=300)
+    spread = float((weights @ by_model / 300).std())
+    expected = np.array([by_model[group == g].mean() for g in range(6)]).std() / 6**0.5
+    assert spread == pytest.approx(expected, rel=0.1), "rows of one model are no independent evidence"
+
+
+# -- the sweep
+
+
+def test_the_default_cell_is_iq_and_ranks_ignore_what_does_not_move():
+    rng = np.random.default_rng(1)
+    a, y, e = rng.normal(size=(5, 31, 4)), rng.normal(size=(5, 31)), rng.normal(size=(5, 4))
+    a[:, :, 3] = 2.0
+    measured = Measurement(a[:, 0], y[:, 0], a[:, 1:], y[:, 1:], e)
+    _, draws, _, *rest = DEFAULT
+    found = scores_of(measured)
+    assert np.allclose(found[draws, *rest], iq(measured).IS[2])
+    assert np.allclose(found[30, 1, "Pearson", "zero", "F_dist"], iq(measured).IS_zero[1])
+    few = Measurement(a[:, 0], y[:, 0], a[:, 1:6], y[:, 1:6], e)
+    assert np.allclose(found[5, 4, "Pearson", "skip", "F_dist"], iq(few).IS[4])
+    monotone = Measurement(a[:, 0], y[:, 0], np.exp(y[:, 1:, None]) * np.ones(4), y[:, 1:], e)
+    R = 2 * scores_of(monotone)[30, 1, "Spearman", "skip", "F_dist"] - (1 - iq(monotone).F_dist)
+    assert np.allclose(R, 1), "ranks see any monotone echo"
+
+
+def test_power_and_flips():
+    assert rows_needed(0.018, 0.10) == 242
+    one, two = np.zeros((3, 3), int), np.zeros((3, 3), int)
+    one[0, 1], two[0, 1], one[0, 2] = 1, -1, 1
+    assert np.argwhere(flips([one, two])).tolist() == [[0, 1]]
