@@ -75,6 +75,11 @@ EXPERIMENTS: dict[str, Experiment] = {
             "mechinterp.experiments.iq_sweep",
         ),
         Experiment(
+            "simulatability",
+            "does an explanation help an agent to predict the model, beyond none, random, shuffled and leaky ones?",
+            "mechinterp.experiments.simulatability",
+        ),
+        Experiment(
             "iq-multimodal",
             "patches and words explained together: does injection turn them around, and what does RBP cost?",
             "mechinterp.experiments.iq_multimodal",

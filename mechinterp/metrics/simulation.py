@@ -164,7 +164,7 @@ def leak(scores: Float[Tensor, " image"], patches: int) -> Float[Tensor, "image 
 
 
 def patch_features(
-    fitted_on: Float[Tensor, "image patch pixel"], *others: Float[Tensor, "other patch pixel"], components: int = 16
+    fitted_on: Float[Tensor, "image patch pixel"], *others: Float[Tensor, "_ patch pixel"], components: int = 16
 ) -> tuple[Float[Tensor, "_ patch feature"], ...]:
     """Principal components of patches, standardised, fitted on the first set and applied to all."""
     flat = fitted_on.flatten(0, 1)
