@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mechinterp.audit import graphing
+from graphs.nodes import NodeType
+from graphs.supernodes import Supernodes
+from mechinterp.audit import graph_command, graph_pictures, graphing
 from mechinterp.audit.dictionary import dictionary_of, tokens_of, transcoders_of
 from mechinterp.audit.evidence import collect
 from mechinterp.audit.feature_names import stored_names
+from mechinterp.audit.graph_command import Wishes, members_of
+from mechinterp.audit.graph_pictures import gallery_of
 from mechinterp.audit.graphing import graph_of, graph_section, seen_by, target_of
 from mechinterp.cli import main
 from mechinterp.data.phantom import Phantom
+from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled
 from mechinterp.storage import verify_folder
@@ -41,12 +46,30 @@ def picture(phantom, tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    monkeypatch.setattr(graph_pictures, "IMAGES", 12)
+    monkeypatch.setattr(graph_pictures, "FEATURES", 6)
+
+
 def test_the_command_writes_a_whole_folder(picture, tmp_path, capsys):
     out = tmp_path / "graph"
     said = ["graph", "phantom-clip", "--image", str(picture), "--target", "consolidation", "--max-features", "200"]
+    said += ["--paths", "3", "--attention", "2"]
     assert main([*said, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "every row adds up to" in printed and "graph.html" in printed
+    assert len(printed.partition("strongest paths")[2].partition("  heads that bring")[0].splitlines()) == 4
+    paths = json.loads((out / "paths.json").read_text())["paths"]
+    assert len(paths) == 3 and paths[0]["share"] >= paths[1]["share"] >= paths[2]["share"] > 0
+    assert all(len(p["nodes"]) == len(p["labels"]) >= 2 and p["nodes"][-1].startswith("out.") for p in paths)
+    reads = json.loads((out / "attention.json").read_text())["reads"]
+    assert len(reads) == 2 and all(abs(r["pairs"][0]["value"]) >= abs(r["pairs"][-1]["value"]) > 0 for r in reads)
+    page = (out / "graph.html").read_text()
+    shown = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert 0 < len(shown["gallery"]) <= 6 and all(len(shots) <= 4 for shots in shown["gallery"].values())
+    known = {node["id"] for node in shown["nodes"]}
+    assert shown["supernodes"] and all(known >= set(group["members"]) for group in shown["supernodes"])
     assert {p.name for p in out.iterdir()} >= FILES and verify_folder(out) == []
     graph = json.loads((out / "graph.json").read_text())
     assert graph["max_relative_residual"] < 1e-5 and 0 < graph["replacement"] <= 1
@@ -65,12 +88,17 @@ def test_the_command_writes_a_whole_folder(picture, tmp_path, capsys):
         (("--image", "nowhere.png"), "nowhere.png"),
         (("--node", "2"), "between 0 and 1"),
         (("--max-features", "-1"), "-1"),
+        (("--paths", "-1"), "--paths: is -1"),
+        (("--suppress", "the moon"), "'the moon' is no group, name or feature here"),
+        (("--mode", "sae", "--causal"), "interventions"),
     ],
 )
 def test_a_mistake_is_one_line(picture, tmp_path, capsys, changed, words):
-    said = {"--image": str(picture), "--target": "consolidation", "--max-features": "20", changed[0]: changed[1]}
+    said = {"--image": (str(picture),), "--target": ("consolidation",), "--max-features": ("20",)}
+    said[changed[0]] = changed[1:]
     out = tmp_path / "out"
-    assert main(["graph", "phantom-clip", *(part for pair in said.items() for part in pair), "--out", str(out)]) == 2
+    parts = [part for name, values in said.items() for part in (name, *values)]
+    assert main(["graph", "phantom-clip", *parts, "--out", str(out)]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and words in error and not out.exists()
 
@@ -137,3 +165,77 @@ def test_a_budget_of_one_still_adds_up(model, phantom):
         max_features=1,
     )
     assert made.whole.meta["certificate"]["holds"]
+
+
+@pytest.fixture(scope="module")
+def made(model, phantom):
+    row = int(np.flatnonzero(phantom.factors["consolidation"])[0])
+    pixels = phantom[row].render()[0] / np.float32(255)
+    return graph_of(model, pixels, target_of(model, "consolidation"), transcoders_of(model), max_features=30)
+
+
+def test_pictures_show_where_a_feature_fires(made):
+    """The strongest image of a feature is the one in which its activation, computed anew, is largest."""
+    gallery = gallery_of(made.model, made.pruned, made.dictionaries, made.target)
+    assert 0 < len(gallery) <= 6
+    drawn = Phantom.sample(12, seed=10_000)
+    batch = made.model.prepare(drawn.render() / np.float32(255), [made.target])
+    sites = [str(placed.reads) for placed in made.dictionaries if placed.reads.tower == "vision"]
+    _, cache = made.model.run_with_cache(batch, names_filter=sites)
+    for key, shots in gallery.items():
+        feature = FeatureId.parse(key)
+        (placed,) = [p for p in made.dictionaries if p.writes == feature.site]
+        strength = placed.dictionary.encode(cache[str(placed.reads)])[..., feature.index].amax(1)
+        assert shots[0][0].startswith(b"\xff\xd8") and shots[0][1] == f"{drawn.images[int(strength.argmax())]}, 100 %"
+
+
+def test_a_feature_has_no_pictures_where_nothing_may_be_shown(made, tmp_path):
+    from dataclasses import replace
+
+    from mechinterp.data import open_data
+
+    Phantom.sample(4, seed=1).write(tmp_path / "data", masks=False)
+    data = open_data(tmp_path / "data")
+    assert gallery_of(made.model, made.pruned, made.dictionaries, made.target, data)
+    hidden = replace(data, may_show=np.zeros(len(data), dtype=bool))
+    assert gallery_of(made.model, made.pruned, made.dictionaries, made.target, hidden) == {}
+
+
+def test_what_suppress_means(made):
+    graph = made.whole
+    features = graph.nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
+    node = graph.nodes[features[0]]
+    same = [
+        i
+        for i in features
+        if (graph.nodes[i].tower, graph.nodes[i].layer, graph.nodes[i].feature)
+        == (node.tower, node.layer, node.feature)
+    ]
+    everywhere = f"{node.tower}.L{node.layer}.F{node.feature}"
+    groups = Supernodes().add("a pair", [graph.nodes.ids[i] for i in features[:2]])
+    key = f"{node.tower}.blocks.{node.layer}.hook_mlp_out:{node.feature}"
+    assert members_of(graph, "a pair", groups, {}) == features[:2]
+    assert members_of(graph, f"{node.id}, {everywhere}", groups, {}) == same
+    assert members_of(graph, "drain", groups, {key: "drain"}) == same
+    with pytest.raises(UsageError, match=r"'drain' is no group.*groups: a pair"):
+        members_of(graph, "drain", groups, {})
+
+
+def test_a_chosen_feature_is_suppressed(made, tmp_path):
+    features = made.pruned.nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
+    name = made.pruned.nodes.ids[max(features, key=lambda i: float(made.pruned.nodes.influence[i]))]
+    members = members_of(made.whole, name, Supernodes(), {})
+    (said,) = graph_command._tested(made, Wishes("consolidation", suppress=name), members, tmp_path)
+    found = json.loads((tmp_path / "causal.json").read_text())
+    assert name in said and "report" not in found and (tmp_path / "suppress.png").exists()
+    assert found["suppression"]["members"] == 1 and found["suppression"]["factor"] == -1.0
+    (score,) = [m for m in found["suppression"]["measured"] if m["kind"] == "output"]
+    assert score["name"] == "consolidation" and abs(score["after"] - score["before"]) > 0.01
+
+
+def test_residual_saes_make_a_graph_too(made):
+    placed = graph_command._dictionaries(made.model, Wishes("consolidation", mode="sae"), None)
+    graph = graph_of(made.model, made.image, made.target, placed, max_features=30, mode="sae").whole
+    assert graph.meta["mode"] == "sae" and graph.meta["max_relative_residual"] < 1e-5
+    found = graph.nodes.is_type(NodeType.FEATURE)
+    assert set(graph.nodes.layer[found].tolist()) == {one.writes.layer for one in placed} >= {2, 3}
