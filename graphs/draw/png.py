@@ -124,7 +124,8 @@ def _size(box: Box, ruler: _Ruler) -> tuple[float, float]:
         return ruler.width(_short(box.name, 16), NAME) + 2 * PAD + 4, 26.0
     name, detail = _short(box.name, MOST_NAME), _short(box.detail, MOST_DETAIL)
     if box.kind == NodeType.OUTPUT:
-        text = max(ruler.width(_short(box.name, 46), NAME + 1, True), ruler.width(detail, NAME + 1))
+        # long bold text is drawn a little wider than it is measured
+        text = max(1.06 * ruler.width(_short(box.name, 46), NAME + 1, True), ruler.width(detail, NAME + 1))
     else:
         text = max(ruler.width(name, NAME, True), ruler.width(detail, DETAIL))
     return text + 3 * PAD + (THUMB + 4 if box.patches else 0), 44.0
