@@ -19,6 +19,7 @@ from mechinterp.types import Target
 
 TARGET = Target("pneumonia", "a chest x-ray with pneumonia", "a chest x-ray without pneumonia")
 EXPLAINERS = [name for name in METHODS if not ELEMENT_METHODS[name].anchor]
+PIXELS = ("integrated_gradients", "grad_cam", "occlusion")
 FAMILIES = ("clip", "siglip", "vit", "llava", "gemma3")
 ROW, COLUMN = 2, 1
 
@@ -129,8 +130,10 @@ def test_grad_cam_looks_before_the_last_attention_of_a_class_token_model(models)
         grad_cam(model, images(model), TARGET, site=f"vision.blocks.{last}.hook_resid_post")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, family) for name in EXPLAINERS for family in FAMILIES if name in PIXELS or family == "clip"],
+)
 def test_one_signature_for_every_method_and_family(models, name, family):
     """The right shape, some relevance, the same bytes twice, and a model that is left as it was."""
     model = models[family]
@@ -141,9 +144,7 @@ def test_one_signature_for_every_method_and_family(models, name, family):
     first, again = (method(model, batch, TARGET) for _ in range(2))
     assert first.shape == (2, 32, 32) and first.dtype == torch.float32 and not first.requires_grad
     statuses = {check_map(one) for one in first}
-    # the narrowest cut of a flow may lie in the language model, above all patches
-    cut_above = name == "attention_flow" and statuses == {"constant"} and family == "gemma3"
-    assert cut_above or ("ok" in statuses and statuses <= {"ok", "all_zero"})
+    assert "ok" in statuses and statuses <= {"ok", "all_zero"}
     assert torch.equal(first, again)
     with torch.no_grad():
         assert torch.equal(model.score(batch, [TARGET]), before)
@@ -152,7 +153,7 @@ def test_one_signature_for_every_method_and_family(models, name, family):
 
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_an_image_is_explained_alike_alone_and_in_a_batch(models, name):
-    model = models["llava"]
+    model = models["llava" if name in PIXELS else "clip"]
     batch = images(model, 3)
     together, alone = METHODS[name](model, batch, TARGET), METHODS[name](model, batch[1:2], TARGET)
     torch.testing.assert_close(together[1:2], alone, atol=1e-5 * float(alone.abs().max()), rtol=1e-3)
