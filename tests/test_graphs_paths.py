@@ -7,7 +7,8 @@ import torch
 
 from graphs.influence import edges_of, relative, shares
 from graphs.nodes import NodeType
-from graphs.paths import strongest_paths
+from graphs.paths import paths_of_score, strongest_paths
+from graphs.prune import prune
 from mechinterp.errors import UsageError
 from tests.graph_scenes import lot
 
@@ -82,3 +83,23 @@ def test_where_there_is_none():
         strongest_paths(graph, 0)
     with pytest.raises(UsageError, match="no output"):
         strongest_paths(graph, 1, output=4)
+
+
+def test_paths_of_a_score_are_told_in_numbers_of_the_whole_graph():
+    """Unpruned they are the strongest of all outputs, weighted; pruned, shares stay those of the whole graph."""
+    graph = lot(seed=2, outputs=3)
+    begins, weights = graph.outputs.shares.tolist(), graph.outputs.weights.tolist()
+    every = [
+        (begins[i] * path.share, weights[i] * path.contribution, path.ids)
+        for i in range(3)
+        for path in strongest_paths(graph, 400, output=i)
+    ]
+    every.sort(key=lambda path: -path[0])
+    found = paths_of_score(graph, graph, 5)
+    assert [path.ids for path in found] == [ids for _, _, ids in every[:5]]
+    told = {ids: (share, contribution) for share, contribution, ids in every}
+    small = prune(graph, 0.5, 0.8)
+    some = paths_of_score(graph, small, 5)
+    assert len(small.nodes) < len(graph.nodes) and some
+    for path in [*found, *some]:
+        assert (path.share, path.contribution) == pytest.approx(told[path.ids], rel=1e-5)
