@@ -11,7 +11,7 @@ import torch
 
 from mechinterp.errors import UsageError
 from mechinterp.experiments import run_experiment
-from mechinterp.experiments.iq_page import Aim, averages, direction
+from mechinterp.experiments.iq_claims import Aim, averages, direction
 from mechinterp.experiments.iq_study import PLAIN, RBP, Difference, Study, Trial, arms, shuffled, trial, two_level
 from mechinterp.experiments.iq_sweep import DEFAULT, scores_of
 from mechinterp.experiments.iq_sweep_page import flips, rows_needed

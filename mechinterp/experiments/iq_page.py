@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
+from mechinterp.experiments.iq_claims import Aim, averages, direction
 from mechinterp.experiments.iq_study import (
     BOUNDS,
     CHECK,
@@ -19,11 +20,10 @@ from mechinterp.experiments.iq_study import (
     Difference,
     Key,
     Study,
-    corrected,
 )
 from mechinterp.experiments.result import Claim, Result, Row, Table
 
-__all__ = ["Aim", "Layout", "averages", "direction", "injection_result", "levels"]
+__all__ = ["Layout", "forest", "injection_result", "levels"]
 
 SHOWN = ("R", "R_floor", "F_dist", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage", "slot")
 HEADER = ("R", "R by shuffling", "F", "IS (skip)", "IS (zero)", "R_null", "R_excess", "coverage", "on the slot")
@@ -37,15 +37,6 @@ TITLES = {
     "R_excess": "R_excess",
     "slot": "slot",
 }
-
-
-@dataclass(frozen=True)
-class Aim:
-    """A claim about the change of one score, and the sign that makes it true."""
-
-    claim: str
-    column: str
-    sign: int
 
 
 AIMS = (
@@ -94,34 +85,6 @@ class Layout:
     def fair(self) -> tuple[str, ...]:
         """Explainers whose F is not given by construction."""
         return tuple(n for n in self.real if n not in self.circular)
-
-
-def direction(claim: str, differences: Mapping[str, Difference], sign: int) -> Claim:
-    """True where every method moves that way beyond chance (Holm over methods); undefined ones count as not moving."""
-    adjusted = corrected(differences)
-    right = [n for n, d in differences.items() if sign * d.value > 0 and adjusted[n] < 0.05]
-    wrong = [n for n, d in differences.items() if sign * d.value < 0 and adjusted[n] < 0.05]
-    said = "; ".join(f"{n} {d}" for n, d in differences.items())
-    evidence = f"{len(right)} of {len(differences)} do, {len(wrong)} do the opposite: {said}"
-    return Claim(claim, bool(differences) and len(right) == len(differences), evidence)
-
-
-def averages(
-    study: Study, condition: str, after: str, before: str, names: Sequence[str], wanted: Sequence[Aim]
-) -> list[Claim]:
-    """One claim a score on treatment `after` against `before`: the mean over explainers, Holm over the claims."""
-    pooled = {aim.claim: study.pooled(condition, after, before, names, aim.column) for aim in wanted}
-    adjusted = corrected(pooled)
-    claims = []
-    for aim in wanted:
-        d = pooled[aim.claim]
-        each = {n: study.change((condition, n, after), (condition, n, before), aim.column) for n in names}
-        said = "; ".join(f"{n} {one}" for n, one in each.items())
-        holds = bool(aim.sign * d.value > 0 and adjusted[aim.claim] < 0.05)
-        claims.append(
-            Claim(aim.claim, holds, f"mean over {len(names)} explainers {d}, p {adjusted[aim.claim]:.3f}: {said}")
-        )
-    return claims
 
 
 def injection_result(study: Study, layout: Layout, notes: Sequence[str]) -> Result:

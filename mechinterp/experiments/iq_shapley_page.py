@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechinterp.experiments.canvas import axes_of, canvas, png
-from mechinterp.experiments.iq_page import TITLES, Aim, averages, direction, forest
+from mechinterp.experiments.iq_claims import Aim, averages, direction
+from mechinterp.experiments.iq_page import TITLES, forest
 from mechinterp.experiments.iq_study import PLAIN, Difference, Study
 from mechinterp.experiments.result import Claim, Result, Row, Table
 
