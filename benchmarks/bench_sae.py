@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, Row, interleaved, save, table
 from benchmarks.sae_lens_peer import sae_lens_trainer
-from benchmarks.sae_speed import elsewhere, here, in_turns, product
+from benchmarks.sae_speed import ELSEWHERE, elsewhere, here, in_turns, product, trained_elsewhere
 from saes.config import BatchTopKConfig, MatryoshkaConfig, TopKConfig, TrainConfig
 from saes.engine.inference import inference
 from saes.engine.trainer import Trainer
@@ -68,6 +69,34 @@ def run_peers() -> Iterator[list[Row]]:
         for kind in ("topk", "batchtopk"):
             rows += _speed(kind, d, batches, repeats=3)
             yield rows
+
+
+def run_quality() -> Iterator[list[Row]]:
+    """Held-out quality of TopK beside the other packages, three seeds: `python -m benchmarks.bench_sae quality`.
+
+    Each starts as it likes; batches, rate and schedule are the same. About 4 CPU minutes.
+    """
+    d, steps, rows, found = 128, 200, 1024, {}
+    held_out = torch.cat([next(structured(d, seed=777)) for _ in range(2)])
+    for seed in range(3):
+        batches = list(islice(structured(d, seed, rows), steps))
+        ours = Trainer(_config("topk", d, rows), d, batches[0].mean(0), steps, seed)
+        for batch in batches:
+            ours.step(batch)
+        found.setdefault("ours", []).append(_scores(_finished(ours), held_out))
+        for package in ELSEWHERE["topk"]:
+            there = trained_elsewhere(package, [*batches, held_out], K, EXPANSION * d, seed)
+            found.setdefault(package, []).append(there)
+    lines: list[Row] = []
+    for package, theirs in found.items():
+        for name in ("R2", "L0", "dead"):
+            pairs = [(mine[name], other[name]) for mine, other in zip(found["ours"], theirs, strict=True)]
+            a, b = (statistics.mean(values) for values in zip(*pairs, strict=True))
+            case = f"topk d={d}, {steps} steps of {rows}, {len(pairs)} seeds: held-out {name}"
+            worst, ratio = max(abs(one - other) for one, other in pairs), b / a if name == "dead" else a / b
+            if package != "ours":
+                lines.append(Row(case, a, b, package, "1", ratio, worst))
+    yield lines
 
 
 def structured(d: int, seed: int, rows: int = BATCH) -> Iterator[Tensor]:
@@ -195,6 +224,6 @@ def _finished_peer(trainer: Any) -> Any:
 
 if __name__ == "__main__":
     wanted = sys.argv[1]
-    for some in {"long": run_long, "peers": run_peers}[wanted]():
+    for some in {"long": run_long, "peers": run_peers, "quality": run_quality}[wanted]():
         save(f"sae-{wanted}", some, False, RESULTS)
         print(table(f"sae-{wanted}", some), flush=True)

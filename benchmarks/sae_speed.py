@@ -6,6 +6,7 @@ cannot share our environment run in one of their own (benchmarks/peers/dictionar
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -102,6 +103,18 @@ class Elsewhere:
 
     def _answer(self) -> dict[str, Any]:
         return read_answer(self._process, self._errors)
+
+
+def trained_elsewhere(package: str, batches: list[Tensor], k: int, width: int, seed: int) -> dict[str, float]:
+    """R2, L0 and dead latents on the last batch of a TopK dictionary that another package trained on the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "batches.safetensors"
+        save_file({f"{i:06d}": batch.contiguous() for i, batch in enumerate(batches)}, file)
+        sizes = {"k": k, "width": width, "threads": torch.get_num_threads(), "train": seed}
+        options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+        command = [os.environ[PEER_PYTHON], str(SCRIPT), str(file), package, "topk", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def elsewhere(kind: str, batches: list[Tensor], k: int, width: int) -> list[Elsewhere]:
