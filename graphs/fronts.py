@@ -1,6 +1,6 @@
 """Targets on their way down a stack: what a change of each position's stream does to them.
 
-A front holds `G [pos, target, d]`, the adjoint of a set of targets at one depth. A target starts at one position, so
+A front holds `G [pos, d, target]`, the adjoint of a set of targets at one depth. A target starts at one position, so
 at first `G` has rank one in (position, d); each attention layer turns a term `c (x) v` into one more term a head,
 `A_h^T c (x) v W_O^hT W_V^hT`, because with its pattern held a head acts on positions and on the stream separately.
 While the terms are few, a front keeps them (`Paths`): the `c` are shared by all targets of a position, and the step
@@ -19,69 +19,88 @@ from graphs.frozen.attention import FrozenAttention
 from graphs.frozen.norms import FrozenNorm
 from graphs.frozen.parts import FrozenMLP
 
-__all__ = ["Front", "Heads", "Paths", "merge", "mlp_at", "norm_at", "settle"]
+__all__ = ["Front", "Heads", "Paths", "mlp_at", "norm_at", "settle"]
 
 ADVANTAGE = 0.8
 """Paths are kept while their step needs less than this share of the dense step's products."""
+FEW = 24
+"""Below so many targets one product over all positions, and two copies, cost less than a product for each position."""
 
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """The adjoint of one attention layer as three matrices a head, input norm and post norm folded in."""
+    """The adjoint of one attention layer as three matrices a head, input norm and post norm folded in.
 
-    read: Float[Tensor, "head d d_head"]
+    Those over the stream stand below each other, so that one product serves all heads.
+    """
+
+    read: Float[Tensor, "inner d"]
     mix: Float[Tensor, "head key query"]
-    write: Float[Tensor, "head d_head d"]
+    write: Float[Tensor, "inner d"]
 
     @classmethod
     def of(cls, attention: FrozenAttention) -> Heads:
-        """Fold the norms of a layer: `adjoint(g) = sum_h mix_h (g read_h) write_h`."""
+        """Fold the norms of a layer: `adjoint(g) = sum_h write_h^T mix_h read_h g`."""
         read, mix, write = attention.folded
         if attention.post is not None:
             read = read - read.mean(-2, keepdim=True) if attention.post.centres else read
             read = read * attention.post.gain[:, None]
             mix = mix / attention.post.scale[:, 0]
-        return cls(read.contiguous(), mix.contiguous(), write.contiguous())
+        return cls(read.transpose(1, 2).flatten(0, 1).contiguous(), mix.contiguous(), write.flatten(0, 1).contiguous())
 
-    def pull(self, g: Float[Tensor, "pos target d"]) -> None:
-        """Add the adjoint to `g`, in place: three products a head, no permutation."""
-        n_pos, n, d = g.shape
-        flat = g.view(n_pos * n, d)
-        d_head = self.read.shape[2]
-        read = g.new_empty(n_pos, n * d_head)
-        moved = g.new_empty(len(self.read), n_pos, n * d_head)
-        for head in range(len(self.read)):
-            torch.mm(flat, self.read[head], out=read.view(n_pos * n, d_head))
-            torch.mm(self.mix[head, :n_pos, :n_pos], read, out=moved[head])
-        for head in range(len(self.read)):
-            flat.addmm_(moved[head].view(n_pos * n, d_head), self.write[head])
+    def moved(self, g: Float[Tensor, "pos d target"]) -> Float[Tensor, "pos inner target"]:
+        """What the heads read of `g`, at the positions where they write it."""
+        n_pos, _, n = g.shape
+        read = _everywhere(self.read, g).view(n_pos, len(self.mix), -1)
+        moved = torch.empty_like(read)
+        for head, mix in enumerate(self.mix[:, :n_pos, :n_pos]):
+            torch.mm(mix, read[:, head], out=moved[:, head])
+        return moved.view(n_pos, -1, n)
+
+    def pull(self, g: Float[Tensor, "pos d target"]) -> None:
+        """Add the adjoint to `g`, in place."""
+        if g.shape[2] < FEW:
+            g += _everywhere(self.write.T, self.moved(g))
+        else:
+            torch.baddbmm(g, self.write.T.expand(len(g), -1, -1), self.moved(g), out=g)
 
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """`G[:, t] = sum_r where[:, start of t, r] (x) what[r, t]`: one term for each way through the heads so far."""
+    """`G[:, :, t] = sum_r where[:, start of t, r] (x) what[r, t]`: one term for each way through the heads so far."""
 
     where: Float[Tensor, "pos start path"]
     what: Float[Tensor, "path target d"]
+    pos: Int[Tensor, " target"]
     starts: tuple[tuple[int, slice], ...]
     """Position and targets of each start."""
 
-    def pays(self, heads: Heads) -> bool:
-        """Whether one more layer costs less by paths than by the dense step."""
-        n_pos, n_starts, n_paths = self.where.shape
-        n_heads, d, d_head = heads.read.shape
+    def pays(self, heads: Heads, n_paths: int | None = None) -> bool:
+        """Whether one more layer costs less by paths (or by `n_paths` of them) than by the dense step."""
+        n_pos, n_starts, n_now = self.where.shape
+        n_paths = n_paths or n_now
+        n_heads, (inner, d) = len(heads.mix), heads.read.shape
         n = self.what.shape[1]
-        inner = n_heads * d_head
         by_path = n_paths * (4 * d * inner * n + 2 * n_heads * n_pos * (d * n + n_pos * n_starts))
         return by_path < ADVANTAGE * n * n_pos * (4 * d * inner + 2 * n_pos * inner)
+
+    def through(self, heads: Heads) -> Float[Tensor, "pos start head path"]:
+        """Where the terms stand after a layer, head by head."""
+        n_pos, n_starts, n_paths = self.where.shape
+        moved = heads.mix[:, :n_pos, :n_pos] @ self.where.view(n_pos, -1)
+        return moved.view(-1, n_pos, n_starts, n_paths).permute(1, 2, 0, 3)
 
 
 @dataclass(eq=False)
 class Front:
-    """Targets that walk together, as columns `columns` of the result."""
+    """Targets that walk together, as columns `columns` of the result.
+
+    `g` is None while each of them stands at its one position. With paths its memory is `[pos, target, d]`, so that the
+    targets of a start lie together; without, it is that of its shape, in which the dense step is fastest.
+    """
 
     columns: slice
-    g: Float[Tensor, "pos target d"]
+    g: Float[Tensor, "pos d target"] | None
     paths: Paths | None = None
 
     @classmethod
@@ -89,70 +108,124 @@ class Front:
         cls, columns: slice, pos: Int[Tensor, " target"], directions: Float[Tensor, "target d"], n_pos: int
     ) -> Front:
         """Targets at single positions, sorted by position."""
-        n, d = directions.shape
-        g = directions.new_zeros(n_pos, n, d)
-        g[pos, torch.arange(n)] = directions
         found, counts = pos.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0).tolist()
         spans = [slice(e - c, e) for e, c in zip(ends, counts.tolist(), strict=True)]
         where = directions.new_zeros(n_pos, len(found), 1)
         where[found, torch.arange(len(found)), 0] = 1
-        return cls(columns, g, Paths(where, directions[None], tuple(zip(found.tolist(), spans, strict=True))))
+        return cls(columns, None, Paths(where, directions[None], pos, tuple(zip(found.tolist(), spans, strict=True))))
+
+    @property
+    def stream(self) -> Float[Tensor, "pos d target"]:
+        """`g`, written out where it was not yet."""
+        if self.g is None:
+            assert self.paths is not None
+            _, n, d = self.paths.what.shape
+            g = self.paths.what.new_zeros(len(self.paths.where), n, d)
+            g[self.paths.pos, torch.arange(n)] = self.paths.what[0]
+            self.g = g.transpose(1, 2)
+        return self.g
+
+    def against(self, vectors: Float[Tensor, "every_pos slot d"]) -> Float[Tensor, "pos slot target"]:
+        """`G[pos] . vectors[pos, slot]` of each target."""
+        if self.g is None:
+            assert self.paths is not None
+            what, pos = self.paths.what[0], self.paths.pos
+            found = what.new_zeros(len(self.paths.where), vectors.shape[1], len(what))
+            found[pos, :, torch.arange(len(what))] = (vectors[pos] @ what[:, :, None])[..., 0]
+            return found
+        return torch.bmm(vectors[: len(self.g)], self.g)
 
     def dot(self, vectors: Float[Tensor, "every_pos d"]) -> Float[Tensor, " target"]:
         """`sum_pos G[pos] . vectors[pos]` of each target."""
-        paths = self.paths
-        if paths is not None and paths.what.shape[0] == 1:  # still at its one position
-            picked = vectors[[pos for pos, _ in paths.starts]]
-            counts = torch.tensor([span.stop - span.start for _, span in paths.starts])
-            return (paths.what[0] * picked.repeat_interleave(counts, 0)).sum(-1)
-        return torch.bmm(self.g, vectors[: len(self.g), :, None])[..., 0].sum(0)
+        if self.g is None:
+            assert self.paths is not None
+            return (self.paths.what[0] * vectors[self.paths.pos]).sum(-1)
+        return self.against(vectors[:, None])[:, 0].sum(0)
 
     def add(self, more: Float[Tensor, "pos target d"]) -> None:
         """Add to `g` something that is no product of a part over positions and a part over the stream."""
-        self.g += more
+        self.stream.add_(more.transpose(1, 2))
         self.paths = None
 
     def pull(self, heads: Heads, causal: bool) -> None:
         """Walk through one attention layer: `g` becomes `g + adjoint(g)`."""
-        if self.paths is None:
-            heads.pull(self.g)
+        paths = self.paths
+        if paths is None:
+            heads.pull(self.stream)
             return
-        where, what = self.paths.where, self.paths.what
-        n_pos, n_starts, n_paths = where.shape
-        n, d = what.shape[1:]
-        n_heads = len(heads.read)
-        new_where = where.new_empty(n_pos, n_starts, n_heads, n_paths)
-        new_what = what.new_empty(n_heads, n_paths, n, d)
-        for head in range(n_heads):
-            moved = heads.mix[head, :n_pos, :n_pos] @ where.view(n_pos, -1)
-            new_where[:, :, head] = moved.view(n_pos, n_starts, n_paths)
-            torch.mm(what.view(-1, d) @ heads.read[head], heads.write[head], out=new_what[head].view(-1, d))
-        new_where, new_what = new_where.flatten(2), new_what.flatten(0, 1)
-        flat, terms = self.g.view(n_pos, n * d), new_what.view(n_heads * n_paths, n * d)
-        for start, (pos, span) in enumerate(self.paths.starts):
-            rows = pos + 1 if causal else n_pos
+        n_pos, n_starts, n_paths = paths.where.shape
+        n, d = paths.what.shape[1:]
+        n_heads = len(heads.mix)
+        kept = paths.pays(heads, n_paths * (1 + n_heads))
+        old = int(kept or self.g is None)  # 1: `g` is written anew, by all terms; 0: the new terms are added to it
+        where = paths.where.new_empty(n_pos, n_starts, old + n_heads, n_paths)
+        what = paths.what.new_empty(old + n_heads, n_paths, n, d)
+        if old:
+            where[:, :, 0], what[0] = paths.where, paths.what
+        where[:, :, old:] = paths.through(heads)
+        read = paths.what.view(-1, d) @ heads.read.T
+        for term, part, write in zip(what[old:], read.chunk(n_heads, 1), heads.write.chunk(n_heads), strict=True):
+            torch.mm(part, write, out=term.view(-1, d))
+        where, what = where.flatten(2), what.flatten(0, 1)
+        g = what.new_empty(n_pos, n, d) if old else self.stream.transpose(1, 2)
+        flat, terms = g.view(n_pos, n * d), what.view(-1, n * d)
+        for start, (pos, span) in enumerate(paths.starts):
+            rows = pos + 1 if causal and not old else n_pos  # nothing is added after a start in a causal stack
             picked = slice(span.start * d, span.stop * d)
-            flat[:rows, picked].addmm_(new_where[:rows, start], terms[:, picked])
-        self.paths = Paths(torch.cat([where, new_where], 2), torch.cat([what, new_what]), self.paths.starts)
+            flat[:rows, picked].addmm_(where[:rows, start], terms[:, picked], beta=1 - old)
+        self.g = g.transpose(1, 2)
+        self.paths = Paths(where, what, paths.pos, paths.starts) if kept else None
+
+    def below(
+        self, heads: Heads, vectors: Float[Tensor, "every_pos slot d"], read: Float[Tensor, "every_pos slot inner"]
+    ) -> Float[Tensor, "pos slot target"]:
+        """`against` after one more layer, when nothing else is asked of that depth: then it need not be written out.
+
+        `read` are the vectors as the heads write them: `vectors @ heads.write.T`.
+        """
+        found = self.against(vectors)
+        if self.paths is None:
+            return found.baddbmm_(read[: len(found)], heads.moved(self.stream))
+        n_pos, n, n_heads = len(found), found.shape[2], len(heads.mix)
+        n_paths, _, d = self.paths.what.shape
+        where = self.paths.through(heads).permute(1, 2, 0, 3).contiguous()  # [start, head, pos, path]
+        terms = self.paths.what.view(-1, d) @ heads.read.view(n_heads, -1, d).transpose(1, 2)
+        d_head = terms.shape[2]
+        terms = terms.view(n_heads, n_paths, n * d_head)
+        moved = terms.new_empty(n_heads, n_pos, n * d_head)
+        for start, (_, span) in enumerate(self.paths.starts):
+            picked = slice(span.start * d_head, span.stop * d_head)
+            moved[:, :, picked] = where[start] @ terms[:, :, picked]
+        for own, part in zip(read[:n_pos].chunk(n_heads, 2), moved, strict=True):
+            found.baddbmm_(own, part.view(n_pos, n, d_head).transpose(1, 2))
+        return found
 
 
-def merge(fronts: list[Front]) -> list[Front]:
-    """Join the fronts that have no paths any more into one; those that have stay by themselves."""
-    dense = [f for f in fronts if f.paths is None]
-    if len(dense) < 2:
-        return fronts
+def _everywhere(matrix: Float[Tensor, "a b"], g: Float[Tensor, "pos b target"]) -> Float[Tensor, "pos a target"]:
+    """`matrix @ g[pos]` at every position."""
+    n_pos, b, n = g.shape
+    if n >= FEW:
+        return torch.bmm(matrix.expand(n_pos, -1, -1), g)
+    return (g.transpose(1, 2).reshape(-1, b) @ matrix.T).view(n_pos, n, -1).transpose(1, 2).contiguous()
+
+
+def settle(fronts: list[Front], heads: Heads) -> list[Front]:
+    """Drop the paths of fronts that would be slower with them, and of all that started above one that has none.
+
+    Those without paths become one front, in one piece of memory; those with paths stay by themselves.
+    """
+    with_paths: list[Front] = []
+    for front in fronts[::-1]:
+        if front.paths is None or not front.paths.pays(heads):
+            break
+        with_paths.insert(0, front)
+    dense = fronts[: len(fronts) - len(with_paths)]
+    if not dense:
+        return with_paths
+    g = dense[0].stream if len(dense) == 1 else torch.cat([front.stream for front in dense], 2)
     columns = slice(dense[0].columns.start, dense[-1].columns.stop)
-    joined = Front(columns, torch.cat([f.g for f in dense], 1))
-    return [joined, *(f for f in fronts if f.paths is not None)]
-
-
-def settle(fronts: list[Front], heads: Heads) -> None:
-    """Drop the paths of fronts that would be slower with them, and of all that started above one that has none."""
-    dense = False
-    for front in reversed(fronts):
-        if dense or front.paths is None or not front.paths.pays(heads):
-            front.paths, dense = None, True
+    return [Front(columns, g.contiguous()), *with_paths]
 
 
 def norm_at(norm: FrozenNorm, pos: Int[Tensor, " row"]) -> FrozenNorm:

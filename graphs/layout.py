@@ -182,18 +182,21 @@ class Layout:
                 found.append((key, mine - span.start))
         return found
 
-    def columns(self, node: int) -> slice | Int[Tensor, " source"]:
+    def early(self, number: int, pos: int) -> Int[Tensor, " source"]:
+        """The sources of a causal stack, and of those that feed it, that do not stand after a position."""
+        late = (self.nodes.pos[: self.outputs] > pos) & (self.stack_of[: self.outputs] == number)
+        return (~late).nonzero()[:, 0]
+
+    def columns(self, number: int, layer: int, early: Int[Tensor, " early"] | None) -> slice | Int[Tensor, " source"]:
         """The sources that can have an edge to a feature: below it, in its tower or one that feeds it, not after it.
 
-        The order of the table makes this one slice, unless the tower is causal.
+        The order of the table makes this one slice, unless the tower is causal; then it is a part of `early`.
         """
-        number, layer, pos = int(self.stack_of[node]), int(self.nodes.layer[node]), int(self.nodes.pos[node])
-        stop = self.bias[number, layer] + 1
-        below = self.floor(number, layer)
-        if not self.causal[number]:
+        below, stop = self.floor(number, layer), self.bias[number, layer] + 1
+        if early is None:
             return slice(below, stop)
-        late = (self.nodes.pos[below:stop] > pos) & (self.stack_of[below:stop] == number)
-        return (~late).nonzero()[:, 0] + below
+        first, last = torch.searchsorted(early, early.new_tensor([below, stop])).tolist()
+        return early[first:last]
 
     def floor(self, number: int, layer: int) -> int:
         """First node that a feature of a layer can read: of the nearest SAE below, or of its chain of towers."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from graphs.fronts import Front, Heads, merge, mlp_at, norm_at, settle
+from graphs.fronts import Front, Heads, mlp_at, norm_at, settle
 from graphs.layout import Layout
 from graphs.replace import Level, Replacement
 
@@ -54,6 +54,18 @@ class _Block:
     in_sources: bool
 
 
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """What enters a stack: `vectors` has a slot for each kind, `nodes` the first node and the positions of each.
+
+    `read` is the vectors as the heads of the first block write them, where nothing below that block has to be walked.
+    """
+
+    nodes: list[tuple[str, int, Int[Tensor, " _n"]]]
+    vectors: Float[Tensor, "pos slot d"]
+    read: Float[Tensor, "pos slot inner"] | None
+
+
 class Sweep:
     """Rows of the graph for any set of targets.
 
@@ -68,16 +80,18 @@ class Sweep:
         self.frozen = replacement.frozen
         self.layout = layout or Layout(replacement)
         self.batch = batch
+        self._memory = self.frozen.stacks[0].final.new_empty(0)
         self._blocks = {
             (number, at): _prepare(replacement, number, at)
             for number, stack in enumerate(self.frozen.stacks)
             for at in range(len(stack.blocks))
         }
+        self._inputs = [self._entrance(number) for number in range(len(self.frozen.stacks))]
 
     def rows(self, targets: Int[Tensor, " target"]) -> Iterator[Batch]:
         """In-edges of target nodes (features and outputs), batch by batch, in an order that suits the walk.
 
-        Each batch is its target nodes, and signed weights `[node, target]`.
+        Each batch is its target nodes, and signed weights `[node, target]`, which stand until the next is asked for.
         """
         features = self.layout.level_of(targets[targets < self.layout.outputs].sort().values)
         readouts = (targets[targets >= self.layout.outputs] - self.layout.outputs).sort().values.tolist()
@@ -116,7 +130,7 @@ class Sweep:
         layer, row, pos = layer[order], row[order], pos[order]
         spans = [self.layout.features.get((number, at), range(0)) for at in range(len(stack.blocks))]
         nodes = row + torch.tensor([span.start for span in spans])[layer]
-        edges = stack.final.new_zeros(len(self.layout.nodes), len(row))
+        edges = self._blank(len(row))
 
         def entering(at: int, point: str) -> Front | None:
             mine = (layer == at).nonzero()[:, 0]
@@ -132,6 +146,13 @@ class Sweep:
 
         self._walk(number, int(layer[0]), [], entering, edges)
         return nodes, edges
+
+    def _blank(self, n: int) -> Float[Tensor, "node target"]:
+        """A batch without edges, in memory that all batches share: fresh pages cost more than the zeros."""
+        size = len(self.layout.nodes) * n
+        if len(self._memory) < size:
+            self._memory = self.frozen.stacks[0].final.new_empty(size)
+        return self._memory[:size].view(-1, n).zero_()
 
     def _readouts(self, number: int, picked: list[int]) -> Batch:
         """Rows of outputs, which may read several positions and start dense."""
@@ -149,7 +170,11 @@ class Sweep:
             columns = [c for c, r in enumerate(readouts) if (r.layer % n_blocks, r.point) == (at, point)]
             if not columns:
                 return None
-            return Front(slice(columns[0], columns[-1] + 1), torch.stack([readouts[c].seed for c in columns], 1))
+            mine, seeds = slice(columns[0], columns[-1] + 1), torch.stack([readouts[c].seed for c in columns])
+            read = seeds.abs().amax(2) > 0
+            if (read.sum(1) == 1).all():
+                return Front.start(mine, read.nonzero()[:, 1], seeds[read], len(stack.final))
+            return Front(mine, seeds.permute(1, 2, 0))
 
         self._walk(number, readouts[0].layer % n_blocks, [], entering, edges)
         return torch.tensor(deepest_first, dtype=torch.long) + self.layout.outputs, edges
@@ -161,33 +186,32 @@ class Sweep:
         stack = self.frozen.stacks[number]
         for at in range(top, -1, -1):
             new = entering(at, "post")
-            fronts = merge([*fronts, *([new] if new else [])])
-            fronts = self._mlp(number, at, fronts, edges)
+            fronts = self._mlp(number, at, [*fronts, *([new] if new else [])], edges)
             new = entering(at, "mid")
             block = self._blocks[number, at]
             bias, node = stack.blocks[at].attention.bias, self.layout.bias[number, at]
             for front in [*(fronts if not block.in_sources else []), *([new] if new else [])]:
                 edges[node, front.columns] += front.dot(bias)
-            fronts += [new] if new else []
-            settle(fronts, block.heads)
-            for front in fronts:
-                front.pull(block.heads, stack.causal)
-            fronts = merge(fronts)
-        self._inputs(number, fronts, edges)
+            fronts = settle([*fronts, *([new] if new else [])], block.heads)
+            if at or self._inputs[number].read is None:
+                for front in fronts:
+                    front.pull(block.heads, stack.causal)
+        for front in fronts:
+            self._enter(number, front, edges)
         if stack.bridge is None or stack.bridge_from is None or not fronts:
             return
         for front in fronts:
             edges[self.layout.bridge_bias[number], front.columns] += front.dot(stack.bridge.bias)
-            front.paths = None
-        (front,) = merge(fronts)
-        n_pos, n, d = front.g.shape
-        whole = torch.cat([front.g, front.g.new_zeros(len(stack.final) - n_pos, n, d)])
+        g = torch.cat([front.stream for front in fronts], 2).transpose(1, 2)
+        n_pos, n, d = g.shape
+        whole = torch.cat([g, g.new_zeros(len(stack.final) - n_pos, n, d)])
         below = stack.bridge_from
-        crossed = Front(front.columns, stack.bridge.adjoint(whole).contiguous())
+        columns = slice(fronts[0].columns.start, fronts[-1].columns.stop)
+        crossed = Front(columns, stack.bridge.adjoint(whole).transpose(1, 2))
         self._walk(below, len(self.frozen.stacks[below].blocks) - 1, [crossed], lambda at, point: None, edges)
 
     def _mlp(self, number: int, at: int, fronts: list[Front], edges: Float[Tensor, "node target"]) -> list[Front]:
-        """Read what stands after block `at`, and walk through its MLP's place. What comes out is not at its end yet."""
+        """Read what stands after block `at`, and walk through its MLP's place."""
         if not fronts:
             return fronts
         block, true = self._blocks[number, at], self.frozen.stacks[number].blocks[at]
@@ -198,44 +222,52 @@ class Sweep:
         if self.replacement.mode == "sae":
             if level is not None:  # its sources are the whole stream: nothing below has a direct effect
                 return []
-            through = mlp_at(true.mlp, torch.arange(len(fronts[0].g)))
+            through = mlp_at(true.mlp, torch.arange(len(fronts[0].stream)))
             for front in fronts:
                 edges[self.layout.bias[number, at], front.columns] += front.dot(true.mlp.bias)
-                front.add(through.adjoint(front.g))
+                front.add(through.adjoint(front.stream.transpose(1, 2)))
         elif level is not None and level.skip is not None:
-            norm = norm_at(true.norm2, torch.arange(len(fronts[0].g)))
+            norm = norm_at(true.norm2, torch.arange(len(fronts[0].stream)))
             for front in fronts:
-                front.add(norm.adjoint(front.g @ level.skip.T))
-        return merge(fronts)
+                front.add(norm.adjoint(front.stream.transpose(1, 2) @ level.skip.T))
+        return fronts
 
     def _read(self, number: int, at: int, sources: _Sources, front: Front, edges: Float[Tensor, "node target"]) -> None:
         """Edges from the errors, biases and features of a block."""
-        n_pos, n, _ = front.g.shape
-        key = (number, at)
-        found = torch.bmm(sources.vectors[:n_pos], front.g.transpose(1, 2))  # [pos, slot, target]
+        key, mine = (number, at), edges[:, front.columns]
+        found = front.against(sources.vectors)
+        n_pos, _, n = found.shape
         first = self.layout.errors[key]
-        edges[first : first + n_pos, front.columns] = found[:, 0]
-        edges[self.layout.bias[key], front.columns] += found[:, 1].sum(0)
+        mine[first : first + n_pos] = found[:, 0]
+        mine[self.layout.bias[key]] += found[:, 1].sum(0)
         n_features = sources.before[n_pos]
         first = self.layout.features[key].start
-        edges[first : first + n_features, front.columns] = found.view(-1, n)[sources.order[:n_features]]
+        mine[first : first + n_features] = found.view(-1, n).index_select(0, sources.order[:n_features])
 
-    def _inputs(self, number: int, fronts: list[Front], edges: Float[Tensor, "node target"]) -> None:
+    def _enter(self, number: int, front: Front, edges: Float[Tensor, "node target"]) -> None:
         """Edges from patches, words, positions, class token and the constants of the input."""
-        kinds = self.layout.input_vectors(self.frozen.stacks[number])
-        for front in fronts:
-            n_pos, _, d = front.g.shape
-            slots = front.g.new_zeros(n_pos, len(kinds), d)
-            for slot, (_, pos, vectors) in enumerate(kinds):
-                slots[:, slot].index_add_(0, pos[pos < n_pos], vectors[pos < n_pos])
-            found = torch.bmm(slots, front.g.transpose(1, 2))  # [pos, slot, target]
-            for slot, (kind, pos, _) in enumerate(kinds):
-                first = self.layout.inputs[number, kind]
-                if kind == "bias":
-                    edges[first, front.columns] = found[:, slot].sum(0)
-                else:
-                    near = (pos < n_pos).nonzero()[:, 0]
-                    edges[first + near, front.columns] = found[pos[near], slot]
+        inputs, mine = self._inputs[number], edges[:, front.columns]
+        if inputs.read is None:
+            found = front.against(inputs.vectors)
+        else:
+            found = front.below(self._blocks[number, 0].heads, inputs.vectors, inputs.read)
+        for slot, (kind, first, pos) in enumerate(inputs.nodes):
+            if kind == "bias":
+                mine[first] = found[:, slot].sum(0)
+            else:
+                near = (pos < len(found)).nonzero()[:, 0]
+                mine[first + near] = found[pos[near], slot]
+
+    def _entrance(self, number: int) -> _Inputs:
+        stack = self.frozen.stacks[number]
+        kinds = self.layout.input_vectors(stack)
+        n_pos, d = stack.final.shape
+        slots = stack.final.new_zeros(n_pos, len(kinds), d)
+        for slot, (_, pos, vectors) in enumerate(kinds):
+            slots[:, slot].index_add_(0, pos, vectors)
+        nodes = [(kind, self.layout.inputs[number, kind], pos) for kind, pos, _ in kinds]
+        bottom = self._blocks[number, 0].heads.write if stack.bridge is None else None
+        return _Inputs(nodes, slots, None if bottom is None else slots @ bottom.T)
 
 
 def _prepare(replacement: Replacement, number: int, at: int) -> _Block:

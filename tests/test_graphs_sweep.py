@@ -180,7 +180,7 @@ def test_paths_and_the_dense_step_agree_and_both_are_used(monkeypatch):
     layout = Layout(replacement)
     used = []
     dense = Heads.pull
-    monkeypatch.setattr(Heads, "pull", lambda self, g: (used.append(g.shape[1]), dense(self, g)))
+    monkeypatch.setattr(Heads, "pull", lambda self, g: (used.append(g.shape[2]), dense(self, g)))
     by_both = rows_by_sweep(replacement, layout)
     share = sum(used)
     monkeypatch.setattr("graphs.fronts.ADVANTAGE", 0.0)
