@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from graphs.nodes import NodeType
@@ -28,7 +29,17 @@ from mechinterp.errors import UsageError
 if TYPE_CHECKING:
     from graphs.graph import AttributionGraph
 
-__all__ = ["Edges", "edges_of", "influence", "output_weights", "relative", "shares", "total_effect", "with_influence"]
+__all__ = [
+    "Edges",
+    "edges_of",
+    "influence",
+    "output_weights",
+    "relative",
+    "shares",
+    "substitute",
+    "total_effect",
+    "with_influence",
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,21 @@ class Edges:
         for start, end in zip(self.starts[-2::-1], self.starts[:0:-1], strict=True):
             yield slice(start, end)
 
+    def only(self, picked: Bool[Tensor, " edge"]) -> Edges:
+        """Some of the edges, in the same order."""
+        at = picked.nonzero()[:, 0]
+        starts = torch.searchsorted(at, torch.tensor(self.starts)).tolist()
+        target, source, weight = (column.index_select(0, at) for column in (self.target, self.source, self.weight))
+        return Edges(target, source, weight, tuple(starts), self.n)
+
+    def at_target(self, values: Float[Tensor, " node"] | Bool[Tensor, " node"]) -> Tensor:
+        """The value of each edge's target."""
+        return values.index_select(0, self.target)  # a third of the time of `values[self.target]`
+
+    def at_source(self, values: Float[Tensor, " node"] | Bool[Tensor, " node"]) -> Tensor:
+        """The value of each edge's source."""
+        return values.index_select(0, self.source)
+
     def sum_into(self, values: Float[Tensor, " edge"]) -> Float[Tensor, " node"]:
         """Sum of a value of each edge over the in-edges of each node."""
         return torch.zeros(self.n, dtype=torch.float64).index_add_(0, self.target, values)
@@ -64,21 +90,24 @@ def edges_of(graph: AttributionGraph) -> Edges:
     Raises UsageError when an edge does not run upwards; then influence has no meaning.
     """
     target, source, weight = graph.edges
-    nodes = graph.nodes
-    level = torch.stack([nodes.tower.long(), nodes.layer.long(), (nodes.type == NodeType.OUTPUT).long()], dim=1)[target]
-    cuts = (level[1:] != level[:-1]).any(1).nonzero()[:, 0] + 1
-    starts = (0, *cuts.tolist(), len(target))
-    lowest = target[torch.tensor(starts[:-1], dtype=torch.long)] if len(target) else target
-    lowest = lowest.repeat_interleave(torch.tensor(starts).diff()) if len(target) else target
-    wrong = (graph.expanded[source] & (source >= lowest)).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        raise UsageError(
-            f"the edge from {nodes.ids[int(source[first])]} to {nodes.ids[int(target[first])]} does not run upwards",
-            where="AttributionGraph.weights",
-            hint="a graph of supernodes is a summary: compute influence on the graph that it was made from",
-        )
-    return Edges(target, source, weight.double(), starts if len(target) else (0,), len(nodes))
+    nodes, expanded = graph.nodes, graph.expanded
+    level = torch.stack([nodes.tower.long(), nodes.layer.long(), (nodes.type == NodeType.OUTPUT).long()], dim=1)
+    level = level[graph.targets]
+    rows = [0, *((level[1:] != level[:-1]).any(1).nonzero()[:, 0] + 1).tolist(), len(level)]
+    starts = graph.weights.crow_indices()[rows].tolist() if len(level) else [0]
+    for start, end in pairwise(starts):
+        late = source[start:end] >= target[start:end][:1]  # the lowest of the level
+        wrong = late.nonzero()[:, 0] + start
+        wrong = wrong[expanded[source[wrong]]]
+        if len(wrong):
+            first = int(wrong[0])
+            below, above = nodes.ids[int(source[first])], nodes.ids[int(target[first])]
+            raise UsageError(
+                f"the edge from {below} to {above} does not run upwards",
+                where="AttributionGraph.weights",
+                hint="a graph of supernodes is a summary: compute influence on the graph that it was made from",
+            )
+    return Edges(target, source, weight.double(), tuple(starts), len(nodes))
 
 
 def output_weights(graph: AttributionGraph) -> Float[Tensor, " node"]:
@@ -90,7 +119,7 @@ def output_weights(graph: AttributionGraph) -> Float[Tensor, " node"]:
 def shares(edges: Edges) -> Float[Tensor, " edge"]:
     """`|W[t, s]| / sum_s |W[t, s]|` of each edge."""
     size = edges.weight.abs()
-    return size / edges.sum_into(size)[edges.target].clamp_min(torch.finfo(torch.float64).tiny)
+    return size.div_(edges.at_target(edges.sum_into(size).clamp_min(torch.finfo(torch.float64).tiny)))
 
 
 def relative(graph: AttributionGraph, edges: Edges) -> Float[Tensor, " edge"]:
@@ -110,7 +139,7 @@ def influence(graph: AttributionGraph, edges: Edges | None = None) -> Float[Tens
     Edges that are not stored (`rest`) take no part.
     """
     edges = edges or edges_of(graph)
-    return _substitute(edges, shares(edges), output_weights(graph))
+    return substitute(edges, shares(edges), output_weights(graph))
 
 
 def total_effect(graph: AttributionGraph, output: int | None = None) -> Float[Tensor, " node"]:
@@ -127,16 +156,17 @@ def total_effect(graph: AttributionGraph, output: int | None = None) -> Float[Te
     else:
         raise UsageError(f"there is no output {output}", where="output", hint=f"there are {len(graph.outputs)}")
     edges = edges_of(graph)
-    return _substitute(edges, relative(graph, edges), seed)
+    return substitute(edges, relative(graph, edges), seed)
 
 
-def _substitute(
+def substitute(
     edges: Edges, coefficient: Float[Tensor, " edge"], seed: Float[Tensor, " node"]
 ) -> Float[Tensor, " node"]:
-    """`seed ((I - C)^-1 - I)`, level by level from the top."""
+    """`seed ((I - C)^-1 - I)` for coefficients `C` of the edges, level by level from the top."""
     value = seed.clone()
     for level in edges.levels():
-        value.index_add_(0, edges.source[level], coefficient[level] * value[edges.target[level]])
+        passed = value.index_select(0, edges.target[level]).mul_(coefficient[level])
+        value.index_add_(0, edges.source[level], passed)
     return value - seed
 
 

@@ -70,27 +70,21 @@ def prune_masks(
     fixed = nodes.is_type(NodeType.OUTPUT, NodeType.PATCH, NodeType.TOKEN)
     keep = (found >= threshold_of(found, node)) & (found > 0) | fixed
 
-    inside = keep[edges.target] & keep[edges.source]
-    score = _edge_scores(graph, edges, inside)
-    keep_edges = inside & (score >= threshold_of(score[inside], edge)) & (score > 0)
+    inside = edges.at_target(keep) & edges.at_source(keep)
+    at, within = inside.nonzero()[:, 0], edges.only(inside)
+    score = shares(within) * within.at_target(influence(graph, within) + output_weights(graph))
+    strong = (score >= threshold_of(score, edge)) & (score > 0)
+    at, within = at[strong], within.only(strong)
     grown = graph.expanded & ~fixed
     while True:
-        used = torch.zeros_like(keep)
-        used[edges.source[keep_edges]] = True
-        reached = torch.zeros_like(keep)
-        reached[edges.target[keep_edges]] = True
+        used, reached = torch.zeros_like(keep), torch.zeros_like(keep)
+        used[within.source], reached[within.target] = True, True
         still = keep & (used | fixed) & (reached | ~grown)
         if bool((still == keep).all()):
-            return keep, keep_edges
+            return keep, torch.zeros_like(inside).index_fill_(0, at, True)
         keep = still
-        keep_edges = keep_edges & keep[edges.target] & keep[edges.source]
-
-
-def _edge_scores(graph: AttributionGraph, edges: Edges, inside: Bool[Tensor, " edge"]) -> Float[Tensor, " edge"]:
-    """Score of each edge in the graph of the edges `inside`; 0 for the others."""
-    within = Edges(edges.target, edges.source, torch.where(inside, edges.weight, 0.0), edges.starts, edges.n)
-    value = influence(graph, within) + output_weights(graph)
-    return shares(within) * value[edges.target]
+        left = within.at_target(keep) & within.at_source(keep)
+        at, within = at[left], within.only(left)
 
 
 def threshold_of(values: Float[Tensor, " n"], share: float | int) -> float:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from graphs.influence import Edges, edges_of, output_weights
+from graphs.influence import Edges, edges_of, output_weights, substitute
 from graphs.nodes import NodeType
 
 if TYPE_CHECKING:
@@ -73,15 +73,18 @@ def scores(graph: AttributionGraph, kept: Bool[Tensor, " node"] | None = None, e
     kept = torch.ones(n, dtype=torch.bool) if kept is None else kept
     unexplained = (nodes.type == NodeType.ERROR) | graph.leaves | ~kept
     edges = edges or edges_of(graph)
+    if (unexplained & graph.expanded).any():  # nothing passes through these, so what they read does not matter
+        edges = edges.only(edges.at_target(~unexplained))
     size = edges.weight.abs()
     lost = torch.zeros(n, dtype=torch.float64)
     lost[graph.targets] = graph.rest.double().abs().sum(1)
-    total = (edges.sum_into(size) + lost).clamp_min(torch.finfo(torch.float64).tiny)
-    share = size / total[edges.target]
-    wrong = (edges.sum_into(share * unexplained[edges.source]) + lost / total).clamp(max=1)
+    everything = edges.sum_into(size) + lost
+    total = everything.clamp_min(torch.finfo(torch.float64).tiny)
+    share = size.div_(edges.at_target(total))
+    wrong = (edges.sum_into(share * edges.at_source(unexplained)) + lost / total).clamp(max=1)
 
-    through = _influence(edges, share, output_weights(graph), unexplained)
-    has_edges = graph.expanded & ~unexplained & (edges.sum_into(size) + lost > 0)
+    through = substitute(edges, share, output_weights(graph)) + output_weights(graph)
+    has_edges = graph.expanded & ~unexplained & (everything > 0)
     strict = _mean(1 - wrong, through, has_edges)
     everywhere = _mean(torch.where(has_edges, 1 - wrong, 1.0), through, torch.ones_like(kept))
 
@@ -91,16 +94,6 @@ def scores(graph: AttributionGraph, kept: Bool[Tensor, " node"] | None = None, e
     errors = ends["error"] + ends["unexpanded"] + ends["pruned"]
     inputs, content = (sum(ends[t.name.lower()] for t in types) for types in (INPUTS, CONTENT))
     return Scores(strict, everywhere, _part(inputs, errors), _part(content, errors), ends)
-
-
-def _influence(edges: Edges, share: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
-    """Influence plus output weights, where nothing passes through nodes that are unexplained."""
-    value = weights.clone()
-    passes = ~stops
-    for level in edges.levels():
-        target = edges.target[level]
-        value.index_add_(0, edges.source[level], share[level] * value[target] * passes[target])
-    return value
 
 
 def _mean(values: Tensor, weights: Tensor, over: Bool[Tensor, " node"]) -> float:
