@@ -126,6 +126,7 @@ def test_treatments_see_the_same_explanation():
     plain = found[PLAIN]
     assert torch.allclose(found["shares only"], plain / plain.abs().sum(1, keepdim=True))
     assert (found[RBP].abs() < plain.abs()).all() and torch.equal(found[RBP].sign(), plain.sign())
+    assert (found[RBP].abs().sum(1) > 1.2).all(), "as written: in the attribution's own units"
     assert torch.equal(found["check alone"], Check()(question)[0])
 
 

@@ -8,7 +8,7 @@
    exaggerated RBP, and under bounds. Explainers remove patches to the background's mean; F is scored against the
    blurred image, so that no explainer is judged by its own removal.
 
-About 4 minutes on one core.
+About 5 minutes on one core.
 """
 
 from __future__ import annotations

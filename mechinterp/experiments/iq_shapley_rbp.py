@@ -8,7 +8,7 @@
 3. Controls: scaling to shares alone, RBP's shrinkage dealt to the wrong elements, 10 % of noise, the check alone.
 
 The removal in our mitigation is of random sets of at least two columns; F is scored by removing one at a time.
-About 3 minutes on one core.
+About 1 minute on one core.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 3. R, F, IS and companions before and after, for every explainer of words, plain, under RBP, under an exaggerated RBP,
    and under bounds. Explainers remove words to an unknown word; F is scored against the vocabulary's mean vector.
 
-About 4 minutes on one core.
+About 2 minutes on one core.
 """
 
 from __future__ import annotations
