@@ -10,6 +10,7 @@ from benchmarks.common import RESULTS, save, table
 
 BENCHMARKS = {
     "effects": "bench_effects",
+    "explainers": "bench_explainers",
     "extraction": "bench_extraction",
     "graph": "bench_graph",
     "memory": "bench_memory",

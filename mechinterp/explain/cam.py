@@ -8,6 +8,8 @@ patches and words of one question are on one scale only as far as their gradient
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from mechinterp.errors import ModelError, UsageError
 from mechinterp.explain.inside import places_of, reader, seen_inside, source_of
+from mechinterp.explain.patches import CHUNK
 from mechinterp.explain.question import Question
 from mechinterp.models.embedded import features_of
 from mechinterp.types import Site
@@ -77,7 +80,7 @@ def cam(question: Question, weigh: Weigh, site: Site | str | None = None, where:
     neither a model nor inner features.
     """
     found = []
-    for piece in question.chunks():
+    for piece in replace(question, chunk=min(question.chunk, CHUNK)).chunks():
         pairs = _pairs(piece, None if site is None else str(Site.parse(site)), where)
         found.append(torch.cat([_map(value, gradient, weigh) for value, gradient in pairs], dim=1))
     return torch.cat(found)
@@ -114,21 +117,25 @@ def _pairs(question: Question, site: str | None, where: str) -> list[tuple[Tenso
     return [_last_used([by_name[name] for name in names[tower]], names[tower], at) for tower, at in places]
 
 
+class _Reached(Exception):
+    """A pass has come as far as it has to."""
+
+
 def _resumed(question: Question, names: list[str], at: Int[Tensor, " element"]) -> tuple[Tensor, Tensor] | None:
     """The same for patches alone at the first site, from a pass without gradient and one from the site on.
 
     None where some image does not depend on the site, or no pass can be resumed there.
     """
-    source = source_of(question, "cam")
-    kept: list[Tensor] = []
+    source, kept = source_of(question, "cam"), list[Tensor]()
 
-    def keep(value: Tensor, hook: object) -> None:
+    def stop(value: Tensor, hook: object) -> None:
         kept.append(value)
+        raise _Reached
 
     model, name = source.model, names[0]
     if not name.endswith(("hook_resid_pre", "hook_resid_post")) or not name.startswith("vision."):
         return None
-    with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep)]):
+    with torch.no_grad(), model.hooks(fwd_hooks=[(name, stop)]), suppress(_Reached):
         features_of(model, question.values[0])
     value = kept[0].detach().requires_grad_()
     with torch.enable_grad():

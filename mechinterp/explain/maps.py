@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.errors import DataError, NonFiniteError
@@ -39,27 +37,6 @@ def check_map(relevance: Float[Tensor, "height width"]) -> MapStatus:
         return "all_zero"
     spread = relevance.max() - relevance.min()
     return "constant" if spread <= 1e-7 * relevance.abs().max() else "ok"
-
-
-def scorer(
-    model: HookedVLM, batch: ImageTextBatch, target: Target
-) -> Callable[[Float[Tensor, "row channel height width"], Int[Tensor, " row"]], Float[Tensor, " row"]]:
-    """`f(pixels, rows)`: scores of `pixels`, each with the text of row `rows` of the batch.
-
-    captum repeats inputs along the batch; given `rows` as a further argument it repeats them alike.
-    """
-
-    def score(pixels: Tensor, rows: Tensor) -> Tensor:
-        part = replace(
-            batch,
-            pixel_values=pixels,
-            input_ids=None if batch.input_ids is None else batch.input_ids[rows],
-            attention_mask=None if batch.attention_mask is None else batch.attention_mask[rows],
-            ids=(),
-        )
-        return model.score(part, [target])[:, 0]
-
-    return score
 
 
 def grid(model: HookedVLM, batch: ImageTextBatch) -> tuple[int, int, int, int]:
