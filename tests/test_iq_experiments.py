@@ -13,8 +13,8 @@ from mechinterp.errors import UsageError
 from mechinterp.experiments import run_experiment
 from mechinterp.experiments.iq_claims import Aim, averages, direction
 from mechinterp.experiments.iq_study import PLAIN, RBP, Difference, Study, Trial, arms, shuffled, trial, two_level
-from mechinterp.experiments.iq_sweep import DEFAULT, scores_of
-from mechinterp.experiments.iq_sweep_page import flips, rows_needed
+from mechinterp.experiments.iq_sweep import DEFAULT, GRID, scores_of
+from mechinterp.experiments.iq_sweep_page import Multiverse, flips, rows_needed
 from mechinterp.explain.bounds import Check, bounded, capped, with_bounds
 from mechinterp.explain.inject import Scale, injected
 from mechinterp.explain.tabular import EXPLAINERS
@@ -209,6 +209,19 @@ def test_the_default_cell_is_iq_and_ranks_ignore_what_does_not_move():
     monotone = Measurement(a[:, 0], y[:, 0], np.exp(y[:, 1:, None]) * np.ones(4), y[:, 1:], e)
     R = 2 * scores_of(monotone)[30, 1, "Spearman", "skip", "F_dist"] - (1 - iq(monotone).F_dist)
     assert np.allclose(R, 1), "ranks see any monotone echo"
+
+
+def test_pairs_are_ordered_only_beyond_chance():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(3, 80))
+    noise[2, :77] = np.nan  # three rows are no evidence
+    cells = {(DEFAULT, n): v + shift for n, v, shift in zip("abc", noise, (0.0, 1.0, 9.0), strict=True)}
+    cells[DEFAULT, "d"] = cells[DEFAULT, "a"] + 0.01 * rng.normal(size=80)
+    universe = Multiverse(tuple("abcd"), GRID, DEFAULT, cells, two_level(np.repeat(np.arange(8), 10)))
+    signs = universe.signs(DEFAULT)
+    assert signs[0, 1] == -1 and signs[1, 3] == 1 and np.count_nonzero(signs) == 2
+    assert [cell[3] for cell in universe.along("p")] == [1, 2, 4]
+    assert all(cell[:3] == DEFAULT[:3] for cell in universe.along("p"))
 
 
 def test_power_and_flips():
