@@ -78,6 +78,14 @@ def graph(text: str) -> dict[str, Any]:
     return {**row, "effects": 100, "anchor_spearman": 0.72, "images": [row]}
 
 
+def explainer(text: str) -> dict[str, Any]:
+    scores = dict.fromkeys(("R", "F", "IS", "R_excess", "R_floor", "auprc", "auprc_chance", "seconds"), 0.5)
+    checks = {"randomisation": 1.0, "prompt_randomisation": None}
+    verdicts = {"randomisation_verdict": "fail", "prompt_randomisation_verdict": "not tested"}
+    row = {"method": text, "built_from": "gradient", "anchor": False, "images": 6, **scores, **checks, **verdicts}
+    return row | {f"mass {text}": 2.0, "ci95": {"R": [0.4, 0.6], f"mass {text}": None}}
+
+
 def record(text: str = "mark") -> dict[str, Any]:
     """A record in which every text field is `text`."""
     rows = [shortcut(text), shortcut(text + "2", "NOT TESTED", causal_effect=None, causal_ci95=[None, None])]
@@ -118,6 +126,7 @@ def record(text: str = "mark") -> dict[str, Any]:
         "seed": 0,
         "score_sd": 1.5,
         "graph": graph(text),
+        "explainers": [explainer(text), explainer("echo") | {"anchor": True, "R": None}],
         "performance": [
             {"group": "overall", **group},
             {"group": "metadata_only", **group, "model_minus_metadata": 0.1, "model_minus_metadata_ci95": [0.0, 0.2]},
