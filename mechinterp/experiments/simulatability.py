@@ -61,11 +61,11 @@ class Sizes:
     )
     finding: str = "consolidation"
     uncertain: str = "nodule"  # a finding on which the model errs, for the reader
-    train: int = 120
-    valid: int = 120
+    train: int = 200
+    valid: int = 150
     test: int = 300
     shown: int = 100  # test images of which maps are made
-    told: tuple[int, ...] = (20, 50, 100)
+    told: tuple[int, ...] = (25, 75, 200)
     seeds: int = 5
     steps: int = 200
 
@@ -147,7 +147,7 @@ def seen(model: HookedVLM, finding: str, images: int, methods: tuple[str, ...], 
 
 def _seed(seed: int, which: int) -> int:
     """Phantoms of these seeds are of patients that neither training nor the model's own test saw."""
-    return 7_000_003 + 10 * seed + which
+    return 7_100_003 + 10 * seed + which
 
 
 def _lessons(*sets: Seen) -> tuple[Lessons, ...]:

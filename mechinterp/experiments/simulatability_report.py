@@ -32,8 +32,8 @@ def report(found: Findings) -> Result:
         "on the same test patients. The model says yes to "
         f"{found.balance:.0%} of the test images; a student that always gives the commoner answer has accuracy "
         f"{max(found.balance, 1 - found.balance):.2f}.",
-        "The weight of an explanation in the student's loss was chosen on validation patients, for each explanation "
-        "and control alike.",
+        "The weight of an explanation in the student's loss, and the training step at which a student was taken, were "
+        "chosen on validation patients, for each explanation and control alike.",
         "The reader's skill (d' 1.5), the acceptance rule, and conviction and oddness as read off maps are "
         "assumptions. Persuasion and detection are unknown, which is why there is a surface and no number.",
         "A map of a wrong yes points at a place without the finding, whatever the map: detection alone helps with any "
@@ -218,7 +218,8 @@ def _figure(found: Findings) -> bytes:
             label=name.replace("_", " "),
         )
     axes[0, 0].set_xticks(told)
-    axes[0, 0].legend(fontsize=6.5, frameon=False)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(lines), fontsize=7.5, frameon=False)
     axes_of(axes[0, 1], f"R2 beyond none, {n} told", "own maps; grey: on the wrong images")
     for at, name in enumerate(("truth", *found.size.methods)):
         for shift, key, colour in ((0.12, name, COLOURS[0]), (-0.16, f"{name}, shuffled", GREY)):

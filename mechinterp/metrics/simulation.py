@@ -34,7 +34,7 @@ __all__ = [
     "simulate",
 ]
 
-HIDDEN, STEPS, RATE, DECAY = 8, 200, 2e-2, 1e-3
+HIDDEN, STEPS, RATE, DECAY, LOOK = 8, 200, 2e-2, 1e-3, 10
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def simulate(
 ) -> dict[str, Simulated]:
     """Teach students with each explanation; the same initial weights and the same images for all, seed by seed.
 
-    The weight of the explanation in the loss is chosen for each from `strengths` by mean R2 on the validation patients.
+    The weight of the explanation in the loss is chosen for each from `strengths` by mean R2 on the validation patients,
+    and every student is the one of the training step that predicted them best: a student that was left to overfit would
+    gain from any map whatever, as from any penalty.
 
     Args:
         explanations: maps of the training images, for each way of explaining; None: the student is told nothing.
@@ -102,7 +104,7 @@ def simulate(
         tried = []
         for strength in (0.0,) if maps is None else strengths:
             told = None if maps is None else as_shares(maps)[rows]
-            student = _taught(train, rows, told, strength, steps, seed)
+            student = _taught(train, rows, told, strength, steps, seed, valid)
             tried.append((float(np.nanmean(_r2(student(valid.features), valid.scores))), strength, student))
         _, strength, student = max(tried, key=lambda t: t[0])
         said = student(test.features)
@@ -199,11 +201,17 @@ def _forward(w: dict[str, Tensor], x: Tensor, shares: Tensor | None = None) -> t
 
 
 def _taught(
-    train: Lessons, rows: Int[Tensor, "seed n"], told: Tensor | None, strength: float | None, steps: int, seed: int
+    train: Lessons,
+    rows: Int[Tensor, "seed n"],
+    told: Tensor | None,
+    strength: float | None,
+    steps: int,
+    seed: int,
+    valid: Lessons | None = None,
 ) -> _Students:
     """Adam on all images at once: squared error of the score, plus `strength` times KL(map || attention).
 
-    `strength` None: the map takes the place of the attention.
+    `strength` None: the map takes the place of the attention. With `valid`, the weights of each student's best step.
     """
     seeds, patches, features = len(rows), train.features.shape[1], train.features.shape[2]
     generator = torch.Generator().manual_seed(seed)
@@ -222,7 +230,10 @@ def _taught(
     mean, spread = y.mean(1), y.std(1).clamp(min=1e-9)
     y = (y - mean[:, None]) / spread[:, None]
     adam = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=DECAY)
-    for _ in range(steps):
+    best = _Best(weights, seeds)
+    for step in range(steps):
+        if valid is not None and step % LOOK == 0:
+            best.look(_r2(_Students(weights, mean, spread)(valid.features), valid.scores), weights)
         said, attention = _forward(weights, x, told if strength is None else None)
         loss = (said - y).square().mean(1)
         if strength and told is not None:
@@ -231,7 +242,24 @@ def _taught(
         adam.zero_grad()
         loss.sum().backward()
         adam.step()
-    return _Students({k: w.detach() for k, w in weights.items()}, mean, spread)
+    if valid is None:
+        return _Students({k: w.detach() for k, w in weights.items()}, mean, spread)
+    best.look(_r2(_Students(weights, mean, spread)(valid.features), valid.scores), weights)
+    return _Students(best.weights, mean, spread)
+
+
+class _Best:
+    """The weights of each student at the step with its best score so far."""
+
+    def __init__(self, weights: dict[str, Tensor], seeds: int):
+        self.weights = {k: w.detach().clone() for k, w in weights.items()}
+        self.score = np.full(seeds, -np.inf)
+
+    def look(self, score: Float[np.ndarray, " seed"], weights: dict[str, Tensor]) -> None:
+        better = torch.from_numpy(score > self.score)
+        self.score = np.maximum(self.score, score)
+        for name, kept in self.weights.items():
+            kept[better] = weights[name].detach()[better]
 
 
 def _r2(said: Float[np.ndarray, "seed image"], scores: Tensor) -> Float[np.ndarray, " seed"]:
