@@ -12,9 +12,9 @@ import torch
 from mechinterp.errors import UsageError
 from mechinterp.experiments import run_experiment
 from mechinterp.experiments.iq_claims import Aim, averages, direction
+from mechinterp.experiments.iq_multiverse import Multiverse, flips, rows_needed
 from mechinterp.experiments.iq_study import PLAIN, RBP, Difference, Study, Trial, arms, shuffled, trial, two_level
 from mechinterp.experiments.iq_sweep import DEFAULT, GRID, scores_of
-from mechinterp.experiments.iq_sweep_page import Multiverse, flips, rows_needed
 from mechinterp.explain.bounds import Check, bounded, capped, with_bounds
 from mechinterp.explain.inject import Scale, injected
 from mechinterp.explain.tabular import EXPLAINERS

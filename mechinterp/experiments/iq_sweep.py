@@ -3,23 +3,27 @@
 1. RBP with 1, 3, 5 and 10 perturbations of 1, 5 and 10 %: IS under each, as written and on shares.
 2. The multiverse of IS itself: size of the perturbation, number of draws, reference of removed columns, p, kind of
    correlation, rule for undefined correlations, form of F. In every cell all explainers are compared, pair by pair.
-3. What a study must be able to see: rows needed for a difference, and the smallest difference seen here.
+3. The same on x1 sin(x2) itself, where four columns do nothing and the rule for undefined correlations has work to do.
+4. What a study must be able to see: rows needed for a difference, and the smallest difference seen here.
 
-Networks (several seeds) that learnt x1 sin(x2), four columns of noise; no injection. About 1 minute on one core.
+Networks (several seeds) that learnt x1 sin(x2), four columns of noise; no injection. About 2 minutes on one core.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from scipy.stats import rankdata
+from torch import Tensor
 
+from mechinterp.experiments.iq_multiverse import Cell, Multiverse, Shrinkage
 from mechinterp.experiments.iq_rows import Network
 from mechinterp.experiments.iq_study import two_level
-from mechinterp.experiments.iq_sweep_page import Multiverse, Shrinkage, sweep_result
+from mechinterp.experiments.iq_sweep_page import sweep_result
 from mechinterp.experiments.iq_tabular import network_of
 from mechinterp.experiments.result import Result
 from mechinterp.explain.rbp import STRENGTH, rbp, shares
@@ -31,7 +35,7 @@ from mechinterp.metrics.iq.ask import Bench, stage
 from mechinterp.metrics.iq.scores import inversion, movement
 from mechinterp.progress import progress
 
-__all__ = ["CELLS", "DEFAULT", "GRID", "Cell", "Sizes", "run", "scores_of"]
+__all__ = ["DEFAULT", "GRID", "Sizes", "run", "scores_of"]
 
 EXPLAINED = (
     "gradient",
@@ -55,9 +59,8 @@ GRID: dict[str, tuple] = {
     "undefined": ("skip", "zero"),
     "F": ("F_dist", "F_corr"),
 }
+EXACT_GRID = {**GRID, "noise": (0.05,), "reference": ("zero",)}
 DEFAULT = (0.05, 30, "zero", 2, "Pearson", "skip", "F_dist")
-Cell = tuple
-CELLS: tuple[Cell, ...] = tuple(itertools.product(*GRID.values()))
 
 
 @dataclass(frozen=True)
@@ -79,25 +82,41 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
     names = ("gradient_times_input", "shapley", "random") if size.few else EXPLAINED
     networks = [network_of(seed * 100 + s, size.steps, size.rows) for s in range(size.seeds)]
     universe: list[dict[tuple[Cell, str], np.ndarray]] = []
+    known: list[dict[tuple[Cell, str], np.ndarray]] = []
     shrunk: list[dict[tuple[str, str, int, float], np.ndarray]] = []
     for s, network in enumerate(progress(networks, "sweeping", unit="network")):
-        universe.append(_multiverse(network, names, seed + s))
+        universe.append(_multiverse(network, names, seed + s, GRID))
+        known.append(_multiverse(replace(network, f=exact), names, seed + s, EXACT_GRID))
         shrunk.append(_shrinkage(network, names, seed + s))
     weights = two_level(np.repeat(np.arange(size.seeds), size.rows))
-    cells = {key: np.concatenate([one[key] for one in universe]) for key in universe[0]}
-    treated = {key: np.concatenate([one[key] for one in shrunk]) for key in shrunk[0]}
+    cells, known_cells, treated = _joined(universe), _joined(known), _joined(shrunk)
     skills = [n.skill for n in networks]
     return sweep_result(
-        Multiverse(names, GRID, DEFAULT, cells, weights), Shrinkage(COUNTS, SIZES_OF_NOISE, treated, weights), skills
+        Multiverse(names, GRID, DEFAULT, cells, weights),
+        Multiverse(names, EXACT_GRID, DEFAULT, known_cells, weights),
+        Shrinkage(COUNTS, SIZES_OF_NOISE, treated, weights),
+        skills,
     )
 
 
-def _multiverse(network: Network, names: tuple[str, ...], seed: int) -> dict[tuple[Cell, str], np.ndarray]:
+def exact(x: Float[Tensor, "row 6"]) -> Float[Tensor, " row"]:
+    """What the networks learn; four columns do nothing at all."""
+    return x[:, 0] * torch.sin(x[:, 1])
+
+
+def _joined(parts: list[dict]) -> dict:
+    """Rows of all networks one after another."""
+    return {key: np.concatenate([one[key] for one in parts]) for key in parts[0]}
+
+
+def _multiverse(
+    network: Network, names: tuple[str, ...], seed: int, grid: dict[str, tuple]
+) -> dict[tuple[Cell, str], np.ndarray]:
     """IS of every row in every cell; one call of each explainer for each size of noise and reference."""
     row = _training_row(network, seed)
     references = {"zero": network.reference, "a training row": row}
     found = {}
-    for noise, where in itertools.product(GRID["noise"], GRID["reference"]):
+    for noise, where in itertools.product(grid["noise"], grid["reference"]):
         question = about_rows(network.f, network.test, references[where])
         bench = stage(question, draws=max(GRID["draws"]), noise=noise, seed=seed, co_movement=False)
         for i, name in enumerate(names):
