@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -45,19 +46,22 @@ class Rows:
             return
         table, stack = self.layout.nodes, int(self.layout.stack_of[nodes[0]])
         causal = self.layout.causal[stack]
-        keys = torch.stack([table.layer[nodes].int(), table.pos[nodes] * causal], 1)
-        kinds, counts = keys.unique_consecutive(return_counts=True, dim=0)
-        early = {pos: self.layout.early(stack, pos) for pos in kinds[:, 1].unique().tolist()} if causal else {}
+        layers, positions = table.layer[nodes].tolist(), table.pos[nodes].tolist() if causal else [-1] * len(nodes)
+        early = {pos: self.layout.early(stack, pos) for pos in set(positions)} if causal else {}
+        rows = self._turned(edges) if causal else edges.T
+        start = 0
+        for (layer, pos), same in groupby(zip(layers, positions, strict=True)):  # the same sources
+            mine = slice(start, start + len(list(same)))
+            columns = self.layout.columns(stack, layer, early.get(pos))
+            values = _taken(rows[mine], columns)
+            self._append(nodes[mine], columns, values)
+            start = mine.stop
+
+    def _turned(self, edges: Float[Tensor, "node target"]) -> Float[Tensor, "target node"]:
+        """A batch row by row, in memory that all batches share."""
         if self._memory.numel() < edges.numel():
             self._memory = torch.empty_like(edges).view(-1)
-        rows = self._memory[: edges.numel()].view(edges.shape[::-1]).copy_(edges.T)
-        start = 0
-        for (layer, pos), count in zip(kinds.tolist(), counts.tolist(), strict=True):
-            mine = slice(start, start + count)
-            columns = self.layout.columns(stack, layer, early.get(pos))
-            values = rows[mine, columns].clone() if isinstance(columns, slice) else _taken(rows[mine], columns)
-            self._append(nodes[mine], columns, values)
-            start += count
+        return self._memory[: edges.numel()].view(edges.shape[::-1]).copy_(edges.T)
 
     def _append(
         self,
@@ -135,8 +139,12 @@ class Rows:
         return csr(crow, columns, values, (len(targets), n)), targets, rest
 
 
-def _taken(rows: Float[Tensor, "target node"], columns: Int[Tensor, " source"]) -> Float[Tensor, "target source"]:
-    """Some columns, in one piece; torch's own indexing takes three times as long."""
+def _taken(
+    rows: Float[Tensor, "target node"], columns: slice | Int[Tensor, " source"]
+) -> Float[Tensor, "target source"]:
+    """Some columns, in memory of their own; torch's own indexing by number takes three times as long."""
+    if isinstance(columns, slice):
+        return rows[:, columns].clone(memory_format=torch.contiguous_format)
     return torch.from_numpy(np.take(rows.numpy(), columns.numpy(), axis=1))
 
 

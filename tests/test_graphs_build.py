@@ -53,6 +53,16 @@ def test_a_budget_of_all_features_is_the_full_graph():
     assert int(almost.leaves.sum()) == 1
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_batches_of_any_size_make_the_same_graph(causal):
+    """Batches share memory: what the builder keeps must be its own."""
+    frozen = random_pass(3, causal=causal)
+    given = dictionaries(frozen, "plain")
+    full = build_graph(frozen, given)
+    for batch in (1, 2, 7):
+        same(full, build_graph(frozen, given, batch=batch))
+
+
 def test_influence_is_the_dense_inverse():
     graph = build_graph(random_pass(1, outputs=2), dictionaries(random_pass(1, outputs=2), "plain"))
     n = len(graph.nodes)
