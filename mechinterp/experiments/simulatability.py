@@ -8,7 +8,7 @@
 3. A simulated reader beside the AI on a finding on which the AI errs: accuracy of the pair over persuasion and
    detection, with the maps' own conviction and oddness, and with a lure that convinces exactly where the AI is wrong.
 
-Nothing here is about people: no person was asked. About 4 minutes on one core.
+Nothing here is about people: no person was asked. Minutes on one core.
 """
 
 from __future__ import annotations
