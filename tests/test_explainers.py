@@ -11,7 +11,7 @@ import torch
 from test_explain import COLUMN, ROW, TARGET, images, one_patch_model
 
 from mechinterp.errors import UsageError
-from mechinterp.explain import ELEMENT_METHODS, applies, tabular
+from mechinterp.explain import ELEMENT_METHODS, applies, occlusion, tabular
 from mechinterp.explain.anchors import edges
 from mechinterp.explain.ask import about_function, about_image, patch_owner
 from mechinterp.explain.cam import grad_cam
@@ -31,7 +31,6 @@ from mechinterp.explain.gradients import (
     mirrored,
     noisy_references,
 )
-from mechinterp.explain.pixels import _squares
 from mechinterp.explain.question import Question
 
 W = torch.tensor([2.0, -1.0, 0.5, 0.0, 3.0, 0.0])
@@ -158,6 +157,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line():
         assert not applies(ELEMENT_METHODS[name], question)
         with pytest.raises(UsageError):
             ELEMENT_METHODS[name].explain(question, draw())
+    assert not applies(ELEMENT_METHODS["transmm"], small()[1])  # patches, but of a function
 
 
 # ------------------------------------------------------------------------------------------------------- captum
@@ -197,15 +197,15 @@ def test_integrated_gradients_are_captums():
     torch.testing.assert_close(integrated_gradients_values(question, 16)[0], peer, atol=1e-5, rtol=1e-5)
 
 
-def test_occlusion_is_captums_with_windows_that_overlap():
+def test_occlusion_of_pixels_is_captums_with_windows_that_overlap():
     from captum.attr import Occlusion
 
-    net, question = small()
-    part, squares = question.parts[0], _squares(4, 4, 2)
-    drop = question.score()[:, None] - question.shared(~squares)
-    ours = (drop @ squares.float() / squares.sum(0))[:, part.owner]
-    peer = Occlusion(net).attribute(part.value, (1, 4, 4), strides=(1, 2, 2), baselines=part.reference)
-    torch.testing.assert_close(ours, peer[:, 0], atol=1e-5, rtol=1e-5)
+    model = one_patch_model()
+    batch = images(model)
+    peer = Occlusion(lambda pixels: model.score(batch.with_pixels(pixels), [TARGET])[:, 0])
+    found = peer.attribute(batch.pixel_values, (3, 16, 16), strides=(3, 8, 8), baselines=0.25)
+    ours = occlusion(model, batch, TARGET, patches=2, fill=0.25)
+    torch.testing.assert_close(ours, found[:, 0], atol=1e-5, rtol=1e-5)
 
 
 def given(member: torch.Tensor):
@@ -271,6 +271,7 @@ def test_gradient_shap_is_captums_on_the_same_draws(monkeypatch):
 
     net, question = small()
     alpha, noise = mirrored(question, 8, draw())
+    assert torch.allclose(alpha.sum(), torch.tensor(4.0)) and noise[0].sum(0).abs().max() < 1e-5  # mirrored
     references = noisy_references(question, noise)
     monkeypatch.setattr(np.random, "uniform", lambda *args, **kwargs: alpha.numpy())
     peer = InputBaselineXGradient(net)

@@ -258,6 +258,7 @@ def test_maps_of_features_are_ablation_effects_where_the_features_are_active(mod
 def test_own_methods_explain_their_own_model_only(models):
     method = own_methods(models["clip"], dictionary(models["clip"]))["sae_maps"]
     other = models["vit"]
+    assert not applies(method, asked(models["clip"], "words"))
     with pytest.raises(UsageError, match="the model it was made for"):
         method.explain(about_image(other, images(other), TARGET), draw())
     assert own_methods(models["clip"]) == {}
