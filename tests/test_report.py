@@ -83,7 +83,7 @@ def explainer(text: str) -> dict[str, Any]:
     checks = {"randomisation": 1.0, "prompt_randomisation": None}
     verdicts = {"randomisation_verdict": "fail", "prompt_randomisation_verdict": "not tested"}
     row = {"method": text, "built_from": "gradient", "anchor": False, "images": 6, **scores, **checks, **verdicts}
-    return row | {f"mass {text}": 2.0, "ci95": {"R": [0.4, 0.6], f"mass {text}": None}}
+    return row | {f"mass {text}": 2.0, "ci95": {"R": [0.4, 0.6], "F": None, "auprc": [0.1, 0.9], f"mass {text}": None}}
 
 
 def record(text: str = "mark") -> dict[str, Any]:
@@ -126,7 +126,7 @@ def record(text: str = "mark") -> dict[str, Any]:
         "seed": 0,
         "score_sd": 1.5,
         "graph": graph(text),
-        "explainers": [explainer(text), explainer("echo") | {"anchor": True, "R": None}],
+        "explainers": [explainer(text), explainer(text) | {"anchor": True, "R": None}],
         "performance": [
             {"group": "overall", **group},
             {"group": "metadata_only", **group, "model_minus_metadata": 0.1, "model_minus_metadata_ci95": [0.0, 0.2]},
