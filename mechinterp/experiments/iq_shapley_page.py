@@ -177,7 +177,7 @@ def _notes(study: Study, judged: Judged) -> tuple[str, ...]:
         "the quick version the first few). Development functions are others.",
         "How the forms came about: checks filled from rows were tried first, and a run of iq-tabular (networks of "
         "x1 sin(x2)) showed that they lower F; checks filled from the reference were added after that. The choice "
-        "among them is made on the development functions alone; shapes, captions and the real table were seen after it.",
+        "among them is made on the development functions alone; shapes, captions and the table were seen after it.",
         "Costs, in explanations and scores a row: RBP 4 explanations; coalition sizes 1 (all 64 subsets are known "
         "anyway); own mitigation (bounds, cut only) 1 explanation and 8 x 7 scores, shared by all explainers; output "
         "projected out and mean over perturbations 9 explanations.",
