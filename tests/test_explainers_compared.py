@@ -81,8 +81,8 @@ def test_a_planted_mark_is_shown_by_what_removes_patches(compared):
     shown = row_of(compared, "occlusion")
     assert shown["mass mark"] > 4 and shown["ci95"]["mass mark"][0] > 1
     assert row_of(compared, "occlusion", "clean")["mass mark"] < 0.5 * shown["mass mark"]
-    low, high = row_of(compared, "random")["ci95"]["mass mark"]
-    assert low < 1.5 and high < 4
+    noise = row_of(compared, "random")
+    assert noise["ci95"]["mass mark"][0] < 1.5 and noise["mass mark"] < 0.6 * shown["mass mark"]
 
 
 def test_what_looks_at_the_image_alone_fails_the_sanity_checks(compared):

@@ -34,7 +34,7 @@ def untested(record: dict[str, Any], data: ImageData) -> list[dict[str, str]]:
         entries.append({"what": "seed stability of features", "why": "no other seed of the dictionary was trained"})
     if record["graph"] is None:
         entries.append({"what": "attribution graph", "why": "no transcoder is stored for this model's MLPs"})
-    if not record["explainers"]:
+    if not record.get("explainers"):
         entries.append({"what": "quality of saliency maps (explainers)", "why": "left out by the settings"})
     entries += [
         {"what": "calibration and a fixed operating point", "why": "the score is not a probability"},
