@@ -62,6 +62,10 @@ def test_images_are_of_test_patients_one_each_and_half_with_the_target(cohort):
     assert (cohort.split[rows] == "test").all() and len({cohort.patients[r] for r in rows}) == 12
     assert cohort.labels("finding")[rows].sum() == 6
     assert not np.array_equal(rows, chosen_rows(cohort, "finding", 12, seed=4))
+    asked = chosen_rows(cohort, "finding", 12, seed=3, masks=("mark",))
+    with_mark = cohort.attribute("mark").values[asked] == 1
+    assert len({cohort.patients[r] for r in asked}) == 12
+    assert [int(with_mark[cohort.labels("finding")[asked] == label].sum()) for label in (0, 1)] == [3, 3]
     with pytest.raises(DataError, match="test patient"):
         chosen_rows(cohort.subset(cohort.split != "test"), "finding", 12, seed=0)
 

@@ -64,7 +64,7 @@ class Sizes:
     models: tuple[str, ...] = PHANTOMS
     methods: tuple[str, ...] = tuple(ELEMENT_METHODS)
     images: int = 12
-    few: int = 6
+    few: int = 8
     draws: int = 30
     inverted: tuple[str, ...] = INVERTED
     injected_images: int = 12

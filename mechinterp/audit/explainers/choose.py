@@ -14,11 +14,14 @@ from mechinterp.models import HookedVLM
 __all__ = ["chosen_rows", "masks_of"]
 
 
-def chosen_rows(data: ImageData, target: str, images: int, seed: int) -> Int[np.ndarray, " image"]:
+def chosen_rows(
+    data: ImageData, target: str, images: int, seed: int, masks: Sequence[str] = ()
+) -> Int[np.ndarray, " image"]:
     """Rows of test patients, one an image of each patient, half with the target as far as there are any.
 
     A seeded choice that looks at labels and masks only, never at scores or maps. Images with the target that have a
-    mask come first among those with it, since localisation needs one.
+    mask come first among those with it, since localisation needs one; of those with the target and of those without,
+    half have the mask of an attribute in `masks` (a suspected shortcut), as far as there are any.
 
     Raises DataError without test patients that have a label.
     """
@@ -29,16 +32,18 @@ def chosen_rows(data: ImageData, target: str, images: int, seed: int) -> Int[np.
     if not usable:
         raise DataError("no test patient has a label", where=data.name, hint=f"see dataset.json, target {target!r}")
     attribute = data.target_attribute(target)
-    patients: set[str] = set()
-    positive: list[int] = []
-    negative: list[int] = []
-    marked = [row for row in usable if labels[row] == 1 and attribute and data.mask(attribute, row) is not None]
-    for row in [*marked, *usable]:
-        group, room = (positive, images - images // 2) if labels[row] == 1 else (negative, images // 2)
-        if len(group) < room and data.patients[row] not in patients:
-            group.append(row)
-            patients.add(data.patients[row])
-    return np.array(sorted(positive + negative))
+    usable.sort(key=lambda row: not (labels[row] == 1 and attribute and data.mask(attribute, row) is not None))
+    with_mask = {row for row in usable if any(data.mask(name, row) is not None for name in masks)}
+    taken: dict[str, int] = {}
+    for label, room in ((True, images - images // 2), (False, images // 2)):
+        group = [row for row in usable if (labels[row] == 1) == label]
+        marked, plain = ([row for row in group if (row in with_mask) == has] for has in (True, False))
+        end, half = len(taken) + room, len(taken) + (room + 1) // 2
+        for rows, until in ((marked, half), (plain, end), (group, end)):
+            for row in rows:
+                if len(taken) < until:
+                    taken.setdefault(data.patients[row], row)
+    return np.array(sorted(taken.values()))
 
 
 def masks_of(

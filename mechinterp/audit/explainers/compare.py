@@ -31,7 +31,8 @@ class Effort:
         images: test images, one a patient.
         draws: perturbations of each, for R (30 or more; with fewer, its floor by chance rises).
         noise: of the perturbation, relative to each patch.
-        masks: names of attributes whose masks maps are held beside, the target's own apart.
+        masks: names of attributes whose masks maps are held beside, the target's own apart; half of the images
+            have one, as far as there are any.
     """
 
     images: int = 6
@@ -95,7 +96,7 @@ def compare(
 
     Raises DataError without labelled test patients.
     """
-    picked = chosen_rows(data, target.name, effort.images, seed) if rows is None else np.asarray(rows)
+    picked = chosen_rows(data, target.name, effort.images, seed, effort.masks) if rows is None else np.asarray(rows)
     batch = prepare(model, data, picked, target)
     question = about_image(model, batch, target, "grey")
     bench = stage(question, about_image(model, batch, target, "blur"), effort.draws, effort.noise, seed)
