@@ -69,8 +69,25 @@ def render(
         failures=failures,
         command=_command(record),
         cards={card["id"]: card for card in record["features"]},
-        mass_keys=sorted({key for row in record["explainers"] for key in row if key.startswith("mass ")}),
+        mass_keys=_mass_keys(record),
+        accused=_accused(record),
     )
+
+
+def _mass_keys(record: dict[str, Any]) -> list[str]:
+    return sorted({key for row in record["explainers"] for key in row if key.startswith("mass ")})
+
+
+def _accused(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each suspect with a mask: every method's relevance in it over its area, largest first."""
+    suspects = {row["candidate"] for row in record["shortcuts"] if row["verdict"] in ("FAIL", "CONCERN")}
+    found = []
+    for key in _mass_keys(record):
+        if key.removeprefix("mass ") in suspects:
+            rows = [row for row in record["explainers"] if row[key] is not None and not row["anchor"]]
+            ranked = sorted(rows, key=lambda row: -row[key])
+            found.append({"name": key.removeprefix("mass "), "methods": [(row["method"], row[key]) for row in ranked]})
+    return found
 
 
 def _gallery(heat: Heat, data: ImageData) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ __all__ = ["maps_picture", "plane_picture"]
 
 INK, GREY = "#202124", "#80868b"
 EDGES = ("#1b6e3c", "#c2410c", "#7b3fa0", "#a88a00")  # the target's mask first
-ACROSS = 9  # pictures in a row
+ACROSS = 8  # pictures in a row, at most
 
 
 def maps_picture(made: Comparison, data: ImageData, images: int = 2) -> bytes | None:
@@ -29,8 +29,9 @@ def maps_picture(made: Comparison, data: ImageData, images: int = 2) -> bytes | 
         return None
     names = list(made.judged)
     lines = -(-(len(names) + 1) // ACROSS)
-    columns = min(ACROSS, len(names) + 1)
-    figure, axes = _canvas(lines * len(shown), columns, 1.32 * columns, 1.5 * lines * len(shown) + 0.35)
+    columns = -(-(len(names) + 1) // lines)
+    side = 10.5 / columns
+    figure, axes = _canvas(lines * len(shown), columns, 10.5, (side + 0.18) * lines * len(shown) + 0.35)
     for ax in axes.flat:
         ax.set_axis_off()
     for block, place in enumerate(shown):
@@ -42,11 +43,11 @@ def maps_picture(made: Comparison, data: ImageData, images: int = 2) -> bytes | 
             ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
             if name is not None:
                 _overlay(ax, made, place, name, pixels.shape)
-            else:
-                _outline(ax, masks)
-            ax.set_title((name or _caption(made, data, row)).replace("_", " "), fontsize=6.5, color=INK, pad=2)
-    legend = [_line(colour, name) for colour, name in zip(EDGES, made.masks, strict=False)]
-    if any(known.any() for _, known in made.masks.values()):
+            _outline(ax, masks, 1.2 if name is None else 0.6)
+            ax.set_title((name or _caption(made, data, row)).replace("_", " "), fontsize=7.5, color=INK, pad=2)
+    drawn = zip(EDGES, made.masks.items(), strict=False)
+    legend = [_line(colour, name) for colour, (name, (_, known)) in drawn if known[shown].any()]
+    if legend:
         figure.legend(handles=legend, loc="outside lower center", ncols=4, fontsize=7, frameon=False, title=None)
     return _png(figure)
 
@@ -109,10 +110,10 @@ def _overlay(ax: Any, made: Comparison, place: int, name: str, shape: tuple[int,
     ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.15 + 0.65 * np.abs(values) / limit)
 
 
-def _outline(ax: Any, masks: Sequence[Bool[np.ndarray, "height width"] | None]) -> None:
+def _outline(ax: Any, masks: Sequence[Bool[np.ndarray, "height width"] | None], width: float) -> None:
     for colour, mask in zip(EDGES, masks, strict=False):
         if mask is not None and mask.any():
-            ax.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=1.0)
+            ax.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=width)
 
 
 def _line(colour: str, name: str) -> Any:
