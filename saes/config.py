@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 from mechinterp.errors import UsageError
 
@@ -17,6 +17,9 @@ __all__ = [
     "TrainConfig",
     "TranscoderConfig",
 ]
+
+
+Start = Literal["fitted", "sae-lens"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,19 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class TopKConfig(_Run, _K):
+class _Tied(_Run, _K):
+    """Kinds whose `k` says how large a first reconstruction is; `start` is described in `TopKConfig`."""
+
+    start: Start = field(default="fitted", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.start not in get_args(Start):
+            raise self._wrong("start", " or ".join(get_args(Start)))
+
+
+@dataclass(frozen=True)
+class TopKConfig(_Tied):
     """TopK SAE (Gao et al. 2024, arXiv:2406.04093): each row keeps its `k` largest latents.
 
     Args:
@@ -68,13 +83,17 @@ class TopKConfig(_Run, _K):
         batch_size: rows per step; a smaller training split is one batch.
         dead_after: a latent that has not fired for so many steps gets the auxiliary loss (ibid., appendix A.2).
         checkpoint_every: steps between checkpoints.
+        start: length of the rows of the encoder and of the decoder, which point the same way. "fitted": 1, and as long
+            as makes the first reconstruction of a random row as large as is best (`saes.engine.weights.fitted_norm`);
+            "sae-lens": both 0.1, as sae-lens has it and as the dictionaries that ship had it. From there, short runs
+            end with a worse R2 and many more dead latents (docs/dictionaries.md).
     """
 
     kind = "topk"
 
 
 @dataclass(frozen=True)
-class BatchTopKConfig(_Run, _K):
+class BatchTopKConfig(_Tied):
     """BatchTopK SAE (Bussmann et al. 2024, arXiv:2412.06410): a batch keeps `k` latents per row on average.
 
     It is stored as a JumpReLU SAE whose threshold is the running mean of the smallest latent that was kept. Fields as
@@ -85,7 +104,7 @@ class BatchTopKConfig(_Run, _K):
 
 
 @dataclass(frozen=True)
-class MatryoshkaConfig(_Run, _K):
+class MatryoshkaConfig(_Tied):
     """Matryoshka BatchTopK SAE (Bussmann et al. 2025, arXiv:2503.17547): nested prefixes each reconstruct the row.
 
     The loss is the sum of the squared errors of the reconstructions from the first `levels[0]`, `levels[1]`, ...

@@ -40,9 +40,10 @@ from saes.choices import KINDS
 from saes.stability import keep_stability
 
 SEED_OF_IMAGES = 2_000_003
+START = "sae-lens"  # the default of when they were trained; a better one came later (docs/dictionaries.md)
 # chosen by hand on phantoms of another seed, of widths 64, 128 and 256 (docs/dictionaries.md)
 CLASS_TOKEN = MatryoshkaConfig(
-    k=4, width=256, levels=(16, 32, 64, 256), epochs=130, batch_size=512, lr=2e-3, dead_after=50
+    k=4, width=256, levels=(16, 32, 64, 256), epochs=130, batch_size=512, lr=2e-3, dead_after=50, start=START
 )
 
 
@@ -80,7 +81,9 @@ def sisters(name: str, folder: Path | None, count: int, only: str | None, scratc
         info = load_sae(stored).dictionary.info  # type: ignore[attr-defined]
         images, site, tokens = info["data"]["images"], info["site"], info["tokens"]
         store = store_of(model, folder, images, site, tokens, scratch)
-        config = KINDS[info["config"]["kind"]](**{k: v for k, v in info["config"].items() if k != "kind"})
+        config = KINDS[info["config"]["kind"]](
+            **{"start": START} | {k: v for k, v in info["config"].items() if k != "kind"}
+        )
         made = [
             train_sae(store, site, config, scratch / f"{site}-seed{seed}", seed=seed)  # type: ignore[arg-type]
             for seed in range(info["seed"] + 1, info["seed"] + 1 + count)
@@ -148,7 +151,7 @@ def main() -> None:
             site = last if args.class_token else args.site or default_site(model)
             tokens, images = ("cls", args.images or 4000) if args.class_token else (args.tokens, args.images or 3000)
             store = store_of(model, args.data, images, site, tokens, Path(scratch))
-            config = TopKConfig(k=args.k, width=args.width, epochs=args.epochs)
+            config = TopKConfig(k=args.k, width=args.width, epochs=args.epochs, start=START)
             config = CLASS_TOKEN if args.class_token else config
             out = args.out or BUNDLED / args.model / "dictionaries" / site
             placed = train_sae(store, site, config, out=out, seed=args.seed)
