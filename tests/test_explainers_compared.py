@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from mechinterp.audit.explainers import Effort, compare_explainers, methods_of
 from mechinterp.audit.explainers.choose import chosen_rows, masks_of
 from mechinterp.audit.explainers.figures import maps_picture, plane_picture
 from mechinterp.audit.explainers.folder import write_folder
+from mechinterp.audit.explainers.grading import curve_share, graded, read_thresholds
 from mechinterp.data import open_data
 from mechinterp.errors import DataError, UsageError
+from mechinterp.metrics.grades import Measured
 from mechinterp.storage import verify_folder
 from tests.audit_toys import SIZE, trained_clip, write_cohort
 
@@ -78,6 +81,33 @@ def test_the_anchors_stand_where_they_must(compared):
     assert abs(random["R"] - random["R_floor"]) < 0.1
     assert constant["R"] is None and constant["statuses"] == {"const_attr": 12} and constant["coverage"] == 0
     assert {row["built_from"] for row in (random, constant, echo)} == {"none"}
+
+
+def test_grades_follow_the_evidence(compared, tmp_path):
+    """Curves run from a random order (0) to that of the true effects (1); one failed check is a D."""
+    made = compared["shortcut"].made
+    oracle, random, rollout = (row_of(compared, n) for n in ("oracle", "random", "attention_rollout"))
+    assert curve_share(made, made.judged["oracle"]).value > 0.6 and abs(random["curves"]) < 0.4
+    same = replace(made.judged["random"], curve=made.curve_oracle)
+    found = curve_share(made, same)
+    assert (found.value, *found.ci95) == pytest.approx((1, 1, 1))
+    assert rollout["prompt_randomisation_verdict"] == "fail" and rollout["grade"] == "D"
+    assert rollout["grade_pieces"]["prompt"] == {"grade": "D", "evidence": "fail"}
+    assert (
+        row_of(compared, "constant")["grade"] == "NOT GRADED"
+        and oracle["grade_pieces"]["localisation"]["grade"] is None
+    )
+    file = tmp_path / "limits.json"
+    file.write_text('{"faithfulness": [0.0, 0.0, 0.0], "needed": ["faithfulness"]}')
+    kind = graded(made, {**random, "randomisation_verdict": "not tested", "prompt_randomisation_verdict": "not tested"},
+                  Measured(1.0, (1.0, 1.0)), read_thresholds(file))  # fmt: skip
+    assert {p.name: p.letter for p in kind.pieces}["faithfulness"] == "A"
+    for text, said in (("{", "cannot be read"), ('{"f": 1}', "'f'"), ('{"curves": [1]}', "curves is"),
+                       ('{"curves": [0.1, 0.2, 0.3]}', "do not fall")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(UsageError, match=said) as error:
+            read_thresholds(file)
+        assert "limits.json" in str(error.value)
 
 
 def test_a_planted_mark_is_shown_by_what_removes_patches(compared):

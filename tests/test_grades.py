@@ -53,7 +53,9 @@ def test_missing_evidence_is_never_a_pass(name):
 def test_what_is_not_needed_still_counts_against():
     assert letter(replace(BEST, prompt="fail"), needed=("faithfulness",)) == "D"
     found = grade("m", "t", replace(BEST, faithfulness=None, prompt="fail"))
-    assert "at most D (prompt)" in found.reason
+    assert (found.grade, found.reason) == ("D", "prompt: fail"), "what is missing could not mend it"
+    found = grade("m", "t", replace(BEST, faithfulness=None, curves=at(0.5)))
+    assert found.grade == "NOT GRADED" and "at most B (curves)" in found.reason
 
 
 def test_risk_follows_the_grade():

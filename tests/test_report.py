@@ -82,7 +82,16 @@ def explainer(text: str) -> dict[str, Any]:
     scores = dict.fromkeys(("R", "F", "IS", "R_excess", "R_floor", "auprc", "auprc_chance", "seconds"), 0.5)
     checks = {"randomisation": 1.0, "prompt_randomisation": None}
     verdicts = {"randomisation_verdict": "fail", "prompt_randomisation_verdict": "not tested"}
-    row = {"method": text, "built_from": "gradient", "anchor": False, "images": 6, **scores, **checks, **verdicts}
+    row = {
+        "method": text,
+        "built_from": "gradient",
+        "anchor": False,
+        "images": 6,
+        **scores,
+        **checks,
+        **verdicts,
+        "grade": "D",
+    }
     return row | {f"mass {text}": 2.0, "ci95": {"R": [0.4, 0.6], "F": None, "auprc": [0.1, 0.9], f"mass {text}": None}}
 
 

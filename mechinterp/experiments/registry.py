@@ -75,6 +75,11 @@ EXPERIMENTS: dict[str, Experiment] = {
             "mechinterp.experiments.iq_sweep",
         ),
         Experiment(
+            "iq-sanity",
+            "do maps follow weights and labels, and come back in a twin and in another architecture?",
+            "mechinterp.experiments.iq_sanity",
+        ),
+        Experiment(
             "simulatability",
             "does an explanation help an agent to predict the model, beyond none, random, shuffled and leaky ones?",
             "mechinterp.experiments.simulatability",

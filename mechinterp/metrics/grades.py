@@ -1,7 +1,7 @@
 """Graded approximation: how approximate is this explanation, and up to which risk is that acceptable?
 
 A grade is as good as the worst piece of its evidence. A piece that was not measured makes the whole NOT GRADED, never a
-pass; one that was measured and failed still counts against it. Each number counts with the end of its 95 % interval
+pass; but where a piece is a D, the whole is, as nothing that is missing could mend it. Each number counts with the end of its 95 % interval
 that speaks against the method, so that a small sample cannot earn a good grade.
 
 The thresholds are conventions, written down so that they can be argued with and set; no study ties them to outcomes.
@@ -108,7 +108,7 @@ class Grade:
     """The grade of a method on a task.
 
     Args:
-        grade: the worst letter among the pieces, or NOT GRADED where a needed one is missing.
+        grade: the worst letter among the pieces, or NOT GRADED where a needed one is missing and none is a D.
         acceptable_up_to: the highest risk for which this grade is enough; None: for no use, or not graded.
         pieces: all evidence.
         reason: which piece decided.
@@ -136,12 +136,12 @@ def grade(method: str, task: str, evidence: Evidence, thresholds: Thresholds | N
     pieces = tuple(_piece(name, getattr(evidence, name), limits) for name in _PIECES)
     missing = [p for p in pieces if p.letter is None and p.name in limits.needed]
     known: list[tuple[Letter, Piece]] = [(p.letter, p) for p in pieces if p.letter is not None]
-    if missing:
-        worst = max(known, key=lambda k: k[0], default=None)
+    worst = max(known, key=lambda k: k[0], default=None)
+    if worst is None or (missing and worst[0] != "D"):
         so_far = f"; what was measured allows at most {worst[0]} ({worst[1].name})" if worst else ""
         reason = f"{', '.join(p.name for p in missing)} not measured{so_far}"
         return Grade(method, task, "NOT GRADED", None, pieces, reason)
-    letter, piece = max(known, key=lambda k: k[0])
+    letter, piece = worst
     enough: list[Risk] = [risk for risk in RISKS if letter <= limits.acceptable[risk]]
     return Grade(method, task, letter, enough[-1] if enough else None, pieces, f"{piece.name}: {piece.evidence}")
 

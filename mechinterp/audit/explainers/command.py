@@ -10,6 +10,7 @@ from pathlib import Path
 from mechinterp.audit.dictionary import dictionary_of, transcoders_of
 from mechinterp.audit.explainers.compare import Effort
 from mechinterp.audit.explainers.folder import write_folder
+from mechinterp.audit.explainers.grading import read_thresholds
 from mechinterp.audit.explainers.section import compare_explainers, methods_of
 from mechinterp.audit.own_methods import own_methods
 from mechinterp.audit.pipeline import choose_target
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
     started = time.perf_counter()
     if args.images < 2:
         raise UsageError(f"--images {args.images}", hint="at least 2")
+    limits = read_thresholds(args.thresholds) if args.thresholds else None
     model = load(args.model)
     data = one_size(model, data)
     target = choose_target(model, data, args.target)
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
     for name in masks:
         data.attribute(name)  # refuses what is not there before anything is computed
     effort = Effort(images=args.images, masks=masks)
-    compared = compare_explainers(model, data, target, methods, effort, args.seed)
+    compared = compare_explainers(model, data, target, methods, effort, args.seed, thresholds=limits)
     command = f"mechinterp iq {args.model} --seed {args.seed} --images {args.images}"
     table = write_folder(compared, data, out, args.seed, round(time.perf_counter() - started, 2), command)
     refused = [f"{name}: {why}" for name, why in compared.made.refused.items()]

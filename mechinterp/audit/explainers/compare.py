@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 
 from mechinterp.audit.evidence import prepare
@@ -14,6 +15,7 @@ from mechinterp.data import ImageData
 from mechinterp.explain.ask import about_image
 from mechinterp.explain.methods import Method, applies
 from mechinterp.explain.question import Question
+from mechinterp.metrics.faithfulness import insertion_deletion
 from mechinterp.metrics.iq import IQScores, Measurement, iq, permutation_floor
 from mechinterp.metrics.iq.ask import Bench, effects_of, stage
 from mechinterp.models import HookedVLM
@@ -21,6 +23,8 @@ from mechinterp.progress import progress
 from mechinterp.types import Target
 
 __all__ = ["Comparison", "Effort", "Judged", "compare"]
+
+STEPS = 16  # of the insertion and deletion curves
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Judged:
         scores: IQ with effects from the judge's filling (blur), which no explainer used.
         F_own: F_dist against effects of the explainers' own filling (grey), shown beside.
         floor: R with outputs shuffled, mean over shuffles, of each image.
+        curve: insertion minus deletion by the judge's filling (`Curves.gain`).
         seconds: for one explanation of one image, all copies explained together.
     """
 
@@ -58,6 +63,7 @@ class Judged:
     scores: IQScores
     F_own: Float[np.ndarray, " image"]
     floor: Float[np.ndarray, " image"]
+    curve: Float[np.ndarray, " image"]
     seconds: float
 
 
@@ -66,7 +72,8 @@ class Comparison:
     """Explainers of one target of one model on the same images.
 
     `masks` gives, for each attribute asked for, shares of patches covered and for which images they are known; the
-    target's own comes first, if the data name it (`has_target_mask`).
+    target's own comes first, if the data name it (`has_target_mask`). `curve_random` and `curve_oracle` are
+    `Judged.curve` of a random order and of the order of the true effects.
     """
 
     model: HookedVLM
@@ -76,6 +83,8 @@ class Comparison:
     patients: tuple[str, ...]
     judged: dict[str, Judged]
     masks: dict[str, tuple[Float[np.ndarray, "image element"], Bool[np.ndarray, " image"]]]
+    curve_random: Float[np.ndarray, " image"]
+    curve_oracle: Float[np.ndarray, " image"]
     has_target_mask: bool = False
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -99,7 +108,8 @@ def compare(
     picked = chosen_rows(data, target.name, effort.images, seed, effort.masks) if rows is None else np.asarray(rows)
     batch = prepare(model, data, picked, target)
     question = about_image(model, batch, target, "grey")
-    bench = stage(question, about_image(model, batch, target, "blur"), effort.draws, effort.noise, seed)
+    judge = about_image(model, batch, target, "blur")
+    bench = stage(question, judge, effort.draws, effort.noise, seed)
     own = effects_of(question).double().numpy()
     judged: dict[str, Judged] = {}
     refused: dict[str, str] = {}
@@ -107,15 +117,22 @@ def compare(
         if not applies(method, question):
             refused[name] = f"does not apply to a {model.family} model"
             continue
-        judged[name] = _judge(method, bench, own, seed)
+        judged[name] = _judge(method, bench, judge, own, seed)
     attribute = data.target_attribute(target.name)
     wanted = ((attribute,) if attribute else ()) + tuple(name for name in effort.masks if name != attribute)
     masks = {name: masks_of(model, data, name, picked) for name in wanted}
     patients = tuple(data.patients[int(row)] for row in picked)
-    return Comparison(model, target, question, picked, patients, judged, masks, attribute is not None, refused)
+    noise = np.random.default_rng(seed).standard_normal(own.shape)
+    curves = [_curve(judge, order) for order in (noise, bench.effect[:, 0])]
+    has_mask = attribute is not None
+    return Comparison(model, target, question, picked, patients, judged, masks, *curves, has_mask, refused)
 
 
-def _judge(method: Method, bench: Bench, own: Float[np.ndarray, "image element"], seed: int) -> Judged:
+def _curve(judge: Question, attribution: Float[np.ndarray, "image element"]) -> Float[np.ndarray, " image"]:
+    return insertion_deletion(judge, torch.from_numpy(attribution), STEPS).gain.value
+
+
+def _judge(method: Method, bench: Bench, judge: Question, own: Float[np.ndarray, "image element"], seed: int) -> Judged:
     attributions, seconds = bench.explain(method.explain, seed)
     measured = bench.measurement(attributions)
     own_effects = Measurement(
@@ -124,4 +141,5 @@ def _judge(method: Method, bench: Bench, own: Float[np.ndarray, "image element"]
     shuffled = permutation_floor(measured, 20, seed)
     defined = np.isfinite(shuffled).all(0)
     floor = np.where(defined, np.where(np.isfinite(shuffled), shuffled, 0.0).mean(0), np.nan)
-    return Judged(method, attributions[:, 0], iq(measured), iq(own_effects).F_dist, floor, seconds)
+    curve = _curve(judge, attributions[:, 0])
+    return Judged(method, attributions[:, 0], iq(measured), iq(own_effects).F_dist, floor, curve, seconds)

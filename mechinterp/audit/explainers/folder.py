@@ -21,6 +21,7 @@ SHOWN = (
     ("R_null", "R_null"),
     ("R_excess", "R_excess"),
     ("coverage", "coverage"),
+    ("curves", "curves"),
     ("auprc", "AUPRC"),
     ("randomisation", "weights"),
     ("prompt_randomisation", "prompt"),
@@ -29,9 +30,14 @@ EXPLAINED = """R: correlation of a patch's attribution with the output over smal
 iq.json); high is bad, but exact explanations can have it too. F: agreement with the effects of removing patches, by a
 filling that no method used. IS = ((R^2 + (1 - F)^2) / 2)^(1/2); never read it without R and F: (1, 1) and (0, 0) tie.
 IS (zero) counts patches whose attribution never moves as R = 0. R_null: reliance on the output at patches without
-effect. R_excess: reliance beyond that of the true effects. AUPRC: against the target's mask. weights, prompt:
+effect. R_excess: reliance beyond that of the true effects. curves: insertion minus deletion by blurring, 0 a random
+order, 1 the order of the true effects. AUPRC: against the target's mask. weights, prompt:
 similarity of the map after the vision tower's weights, or the prompt, were replaced; "=" marks a map that stayed as
 alike as maps of other patients are, which is a failure. R, F and IS are those of iq-reading-1, not the paper's."""
+GRADED = """The grade is that of the worst piece of evidence (F, curves, R_excess, weights, prompt), each at the end of
+its 95 % interval that speaks against the method; a piece that was not decided makes it NOT GRADED. The thresholds are
+conventions (`mechinterp.metrics.grades.Thresholds`; `--thresholds FILE` sets others): no study ties them to any
+outcome."""
 
 
 def write_folder(compared: Compared, data: ImageData, out: Path, seed: int, seconds: float, command: str) -> str:
@@ -45,7 +51,7 @@ def write_folder(compared: Compared, data: ImageData, out: Path, seed: int, seco
         out / "iq.json",
         {"schema_version": 1, "seed": seed, "seconds": seconds, "versions": versions(), **compared.record},
     )
-    write_bytes(out / "table.md", f"{head}{about}{table}\n\n{EXPLAINED}\n".encode())
+    write_bytes(out / "table.md", f"{head}{about}{table}\n\n{EXPLAINED}\n\n{_grades(compared.rows)}\n".encode())
     write_bytes(out / "plane.png", plane_picture(compared.rows))
     maps = maps_picture(compared.made, data)
     if maps is not None:
@@ -65,6 +71,17 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [name, *(_cell(row, key) for key, _ in SHOWN), *(_cell(row, m) for m in masses)]
         lines.append("| " + " | ".join([*cells, f"{row['seconds']:.3f}"]) + " |")
     return "\n".join(lines)
+
+
+def _grades(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of the grades of explainers, the best first; what decided each."""
+    lines = ["## How approximate, and for what is that enough?", "", "| method | grade | enough for | decided by |"]
+    lines.append("|---|---|---|---|")
+    for row in sorted((r for r in rows if not r["anchor"]), key=lambda r: (r["grade"], r["method"])):
+        enough = f"up to {row['acceptable_up_to']} risk" if row["acceptable_up_to"] else "no use"
+        enough = "unknown" if row["grade"] == "NOT GRADED" else enough
+        lines.append(f"| {row['method']} | {row['grade']} | {enough} | {row['grade_reason']} |")
+    return "\n".join([*lines, "", GRADED])
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mechinterp.audit.explainers.checks import checked, located
 from mechinterp.audit.explainers.compare import Comparison, Effort, compare
+from mechinterp.audit.explainers.grading import curve_share, grade_fields, graded
 from mechinterp.audit.explainers.records import explainer_rows
 from mechinterp.data import ImageData
 from mechinterp.errors import UsageError
 from mechinterp.explain.methods import ELEMENT_METHODS, Method
+from mechinterp.metrics.grades import Thresholds
 from mechinterp.models import HookedVLM
 from mechinterp.types import Target
 
@@ -72,16 +76,23 @@ def compare_explainers(
     effort: Effort,
     seed: int = 0,
     rows: Sequence[int] | None = None,
+    thresholds: Thresholds | None = None,
 ) -> Compared:
-    """IQ, localisation and sanity checks of each method; the same numbers for the same images, draws and seed.
+    """IQ, localisation, sanity checks and a grade of each method; the same for the same images, draws and seed.
 
-    No method's numbers depend on which others are measured beside it.
+    No method's numbers depend on which others are measured beside it. `thresholds`: of the grades.
     """
     made = compare(model, data, target, methods, effort, seed, rows)
     others = {n: t for n, t in data.targets.items() if n != target.name}
     others = {name: others[name] for name in list(others)[:OTHERS]}
     checks = checked(made, data, others, seed)
-    return Compared(made, explainer_rows(made, located(made, seed), checks, seed))
+    found = explainer_rows(made, located(made, seed), checks, seed)
+    for row in found:
+        curves = curve_share(made, made.judged[row["method"]], seed)
+        row["curves"] = curves.value if np.isfinite(curves.value) else None
+        row["ci95"]["curves"] = list(curves.ci95) if curves.known else None
+        row |= grade_fields(graded(made, row, curves, thresholds))
+    return Compared(made, found)
 
 
 def audit_section(

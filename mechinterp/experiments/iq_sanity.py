@@ -1,0 +1,197 @@
+"""iq-sanity: do maps follow weights and labels, and do they come back with a twin and with another architecture?
+
+1. A CNN on synthetic shapes (several seeds), beside one with random weights, one that learnt permuted labels of a fixed
+   set by heart, one trained again from another seed, and one of another architecture that solves the task as well.
+2. phantom-clip beside phantom-llava, which know the same findings: the same test images, one map of each.
+3. Each pair's likeness (rank correlation of the maps' sizes) is held beside that of maps of different images of the
+   same model: below it for random weights and permuted labels, above it for the twin and the other architecture
+   (Adebayo et al. 2018, arXiv:1810.03292; Arun et al. 2021, Radiology: AI 3:e200267).
+
+The unit of an interval is the network (toys) or the patient (phantoms). About 6 minutes on one core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mechinterp.audit.defaults import default_data
+from mechinterp.audit.evidence import prepare
+from mechinterp.audit.explainers.choose import chosen_rows
+from mechinterp.experiments.iq_image import GRID, SIDE, Shapes, shapes
+from mechinterp.experiments.iq_toys import explainers_for, fit
+from mechinterp.experiments.result import Result
+from mechinterp.experiments.sanity_report import DIFFERENT, SAME, report
+from mechinterp.explain.ask import about_function, about_image, patch_owner
+from mechinterp.explain.methods import ELEMENT_METHODS, applies
+from mechinterp.explain.question import ElementExplainer, Question, Values
+from mechinterp.metrics.sanity import SIMILARITIES, Check, Maps, baseline, judge, reproducibility
+from mechinterp.models import HookedVLM
+from mechinterp.progress import progress
+from mechinterp.types import Target
+
+__all__ = ["Mixing", "Sizes", "memorised", "run"]
+
+SIMILARITY = "spearman_abs"
+MODELS = ("phantom-clip", "phantom-llava")
+SKIPPED = {"echo", "constant"}  # no map of their own to compare
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    seeds: int = 8
+    images: int = 24
+    steps: int = 600
+    learnt_by_heart: int = 192
+    heart_steps: int = 1500
+    findings: tuple[str, ...] = ("consolidation", "cardiomegaly", "effusion")
+    phantoms: int = 24
+    few: bool = False
+
+
+QUICK = Sizes(5, 4, 40, 16, 60, (), 0, True)
+
+
+class Mixing(nn.Module):
+    """No convolution over neighbours: patches are embedded one by one and mixed by a dense layer over places."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(1, 24, SIDE // GRID, stride=SIDE // GRID)
+        self.mix, self.hidden, self.last = nn.Linear(GRID**2, GRID**2), nn.Linear(24 * GRID**2, 48), nn.Linear(48, 1)
+
+    def features(self, x: Float[Tensor, "row side side"]) -> Float[Tensor, "row place d"]:
+        """What Grad-CAM reads: each patch by itself, before the mixing."""
+        return self.embed(x[:, None]).relu().flatten(2).transpose(1, 2)
+
+    def read(self, features: Float[Tensor, "row place d"]) -> Float[Tensor, " row"]:
+        """The logit of "square"."""
+        places = features.transpose(1, 2)
+        mixed = (places + self.mix(places)).relu()
+        return self.last(self.hidden(mixed.flatten(1)).relu())[:, 0]
+
+    def forward(self, x: Float[Tensor, "row side side"]) -> Float[Tensor, " row"]:
+        """The logit of "square"."""
+        return self.read(self.features(x))
+
+
+def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Result:
+    """Run the experiment. `sizes` overrides both versions."""
+    size = sizes or (QUICK if quick else Sizes())
+    toys, skills = _toys(size, seed)
+    phantoms = {finding: _phantoms(finding, size.phantoms, seed) for finding in size.findings}
+    return report(toys, phantoms, skills, MODELS)
+
+
+def memorised(seed: int, count: int, steps: int) -> tuple[Shapes, float]:
+    """A CNN that learnt coin flips as labels of a fixed set, and the share of the set that it has by heart."""
+    generator = torch.Generator().manual_seed(80_000 + seed)
+    images, _ = shapes(count, generator, with_slot=False)
+    labels = (torch.rand(count, generator=generator) < 0.5).float()
+
+    def draw(batch: int, dice: torch.Generator) -> tuple[Tensor, Tensor]:
+        picked = torch.randint(count, (batch,), generator=dice)
+        return images[picked], labels[picked]
+
+    torch.manual_seed(60_000 + seed)
+    net = Shapes()
+    fit(net, draw, seed, steps)
+    return net, float(((net(images) > 0) == (labels > 0.5)).float().mean())
+
+
+Net = Shapes | Mixing
+
+
+def _trained(make: Callable[[], Net], seed: int, steps: int) -> Net:
+    torch.manual_seed(60_000 + seed)
+    net = make()
+    fit(net, lambda n, generator: shapes(n, generator, with_slot=False), seed, steps)
+    return net
+
+
+def _toys(size: Sizes, seed: int) -> tuple[dict[str, dict[str, Check]], dict[str, list[float]]]:
+    """Checks by method and kind of other network, and the skill of every network (by heart: on its own set)."""
+    similar: dict[str, dict[str, list[np.ndarray]]] = {}
+    chance: dict[str, list[float]] = {}
+    skills: dict[str, list[float]] = {}
+    for s in progress(range(size.seeds), "networks", unit="network"):
+        own = seed * 100 + s
+        nets: dict[str, Net] = {"": _trained(Shapes, own, size.steps)}
+        torch.manual_seed(90_000 + own)
+        nets["random weights"] = Shapes().requires_grad_(False)
+        nets["permuted labels"], by_heart = memorised(own, size.learnt_by_heart, size.heart_steps)
+        nets["trained again"] = _trained(Shapes, 5_000 + own, size.steps)
+        nets["other architecture"] = _trained(Mixing, own, 2 * size.steps)
+        generator = torch.Generator().manual_seed(70_000 + own)
+        many, label = shapes(500, generator, with_slot=False)
+        for kind, net in nets.items():
+            right = by_heart if kind == "permuted labels" else ((net(many) > 0) == (label > 0.5)).float().mean()
+            skills.setdefault(kind, []).append(float(right))
+        images = many[: size.images]
+        explainers = explainers_for(_about(nets[""], images), size.few)
+        for method in (name for name in explainers if name not in SKIPPED):
+            maps = {kind: _maps(net, images, explainers[method], seed) for kind, net in nets.items()}
+            patients = [str(i) for i in range(len(images))]
+            chance.setdefault(method, []).append(baseline(maps[""], patients, SIMILARITY))
+            for kind in (*DIFFERENT, *SAME):
+                found = SIMILARITIES[SIMILARITY](maps[""], maps[kind])
+                similar.setdefault(method, {}).setdefault(kind, []).append(found)
+    return {method: _judged(by_kind, chance[method]) for method, by_kind in similar.items()}, skills
+
+
+def _judged(by_kind: Mapping[str, list[np.ndarray]], chance: list[float]) -> dict[str, Check]:
+    known = [c for c in chance if np.isfinite(c)]
+    against = float(np.mean(known)) if known else float("nan")
+    return {
+        kind: judge(
+            kind,
+            SIMILARITY,
+            np.concatenate(values),
+            against,
+            [str(net) for net, v in enumerate(values) for _ in v],
+            "below" if kind in DIFFERENT else "above",
+        )
+        for kind, values in by_kind.items()
+    }
+
+
+def _about(net: Net, images: Float[Tensor, "row side side"]) -> Question:
+    def inner(values: Values) -> tuple[Tensor, Tensor]:
+        features = net.features(values[0]).requires_grad_()
+        return features, net.read(features)
+
+    owner = patch_owner(SIDE, SIDE, GRID, GRID)
+    return about_function(net, images, torch.zeros(SIDE, SIDE), owner, "patch", (GRID, GRID), inner)
+
+
+def _maps(
+    net: Net, images: Float[Tensor, "row side side"], explain: ElementExplainer, seed: int
+) -> Float[np.ndarray, "row height width"]:
+    found = explain(_about(net, images), torch.Generator().manual_seed(seed))
+    return found.detach().double().numpy().reshape(len(images), GRID, GRID)
+
+
+def _phantoms(finding: str, images: int, seed: int) -> dict[str, Check]:
+    """Each method that both models can have: maps of phantom-clip against those of phantom-llava."""
+    data = default_data(600, seed)
+    rows = chosen_rows(data, finding, images, seed)
+    patients = tuple(data.patients[int(row)] for row in rows)
+    one, other = (HookedVLM.from_pretrained(name) for name in MODELS)
+
+    def ask(model: HookedVLM, target: Target) -> Question:
+        return about_image(model, prepare(model, data, rows, target), target)
+
+    target = data.targets[finding]
+    found = {}
+    for name, method in progress(list(ELEMENT_METHODS.items()), finding, unit="method"):
+        if name not in SKIPPED and all(applies(method, ask(model, target)) for model in (one, other)):
+            maps = Maps(ask, method.explain, target, patients, seed)
+            found[name] = reproducibility(maps, one, other, "reproducibility", (SIMILARITY,))[0]
+    return found
