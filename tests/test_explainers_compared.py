@@ -93,10 +93,8 @@ def test_grades_follow_the_evidence(compared, tmp_path):
     assert (found.value, *found.ci95) == pytest.approx((1, 1, 1))
     assert rollout["prompt_randomisation_verdict"] == "fail" and rollout["grade"] == "D"
     assert rollout["grade_pieces"]["prompt"] == {"grade": "D", "evidence": "fail"}
-    assert (
-        row_of(compared, "constant")["grade"] == "NOT GRADED"
-        and oracle["grade_pieces"]["localisation"]["grade"] is None
-    )
+    assert row_of(compared, "constant")["grade_pieces"]["curves"]["grade"] is None, "no order, no curve"
+    assert oracle["grade_pieces"]["localisation"]["grade"] is None, "not asked for"
     file = tmp_path / "limits.json"
     file.write_text('{"faithfulness": [0.0, 0.0, 0.0], "needed": ["faithfulness"]}')
     kind = graded(made, {**random, "randomisation_verdict": "not tested", "prompt_randomisation_verdict": "not tested"},

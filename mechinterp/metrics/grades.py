@@ -1,8 +1,8 @@
 """Graded approximation: how approximate is this explanation, and up to which risk is that acceptable?
 
 A grade is as good as the worst piece of its evidence. A piece that was not measured makes the whole NOT GRADED, never a
-pass; but where a piece is a D, the whole is, as nothing that is missing could mend it. Each number counts with the end of its 95 % interval
-that speaks against the method, so that a small sample cannot earn a good grade.
+pass; but where a piece is a D, the whole is, as nothing that is missing could mend it. Each number counts with the end
+of its 95 % interval that speaks against the method, so that a small sample cannot earn a good grade.
 
 The thresholds are conventions, written down so that they can be argued with and set; no study ties them to outcomes.
 """
