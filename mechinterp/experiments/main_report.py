@@ -15,7 +15,7 @@ from mechinterp.experiments.result import Claim, Result, Row, Table
 from mechinterp.metrics.iq import expected_absolute_r
 from mechinterp.metrics.statistics import PatientBootstrap, holm, percentile_interval, sign_flip_p
 
-__all__ = ["Found", "report"]
+__all__ = ["Found", "report", "shortcut_claims"]
 
 NUMBERS = (
     "R", "F", "IS", "IS_zero", "R_null", "R_excess", "coverage", "F_corr", "F_own", "R_floor", "auprc", "auprc_chance",
@@ -45,7 +45,7 @@ def report(found: Found, real: bool) -> Result:
             of = {"explainer": method, "psi": max(found.strengths)}
             rows.append(Row(f"delta {column}", d.value, d.n, d.ci95, of))
     claims = [claim for name, compared in found.compared.items() for claim in _claims(name, compared)]
-    claims += _shortcut_claims(found)
+    claims += shortcut_claims(found)
     claims += [_direction(found, moved, column, sign) for column, sign in (("R", 1), ("F_dist", -1), ("IS_p2", 1))]
     notes = [
         "F is judged by replacing each patch with the blurred image; methods fill with mean grey. Methods that remove "
@@ -126,7 +126,7 @@ def _interval(gains: np.ndarray, patients: tuple[str, ...]) -> str:
     return f"{gains[kept].mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def _shortcut_claims(found: Found) -> list[Claim]:
+def shortcut_claims(found: Found) -> list[Claim]:
     """On models that learnt the shortcut, a map shows it where its relevance there lies above chance."""
     key, claims = f"mass {found.shortcut}", []
     for name, compared in found.compared.items():

@@ -1,0 +1,114 @@
+"""IQ experiments on models that ship, and iq-sanity: known maps get known answers, and claims can come out false."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mechinterp.audit.explainers import Compared, Comparison
+from mechinterp.errors import UsageError
+from mechinterp.experiments import run_experiment
+from mechinterp.experiments.iq_multimodal import separate_rbp
+from mechinterp.experiments.iq_sanity import memorised
+from mechinterp.experiments.iq_study import Study
+from mechinterp.experiments.main_report import Found, shortcut_claims
+from mechinterp.explain.anchors import echo
+from mechinterp.explain.question import Part, Question
+from mechinterp.storage import verify_folder
+
+
+def bare(kind, **fields):
+    """A record with some of its fields only."""
+    made = object.__new__(kind)
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Each experiment's quick version, run once: its result and what it wrote."""
+    done = {}
+
+    def of(name):
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name) / "out"
+            result = run_experiment(name, folder, quick=True)
+            assert verify_folder(folder) == []
+            done[name] = result, json.loads((folder / "result.json").read_text()), (folder / "table.md").read_text()
+        return done[name]
+
+    return of
+
+
+def test_maps_that_no_model_made_are_the_same_for_every_network(quick):
+    """Edges and noise of one seed do not know the network: they fail where maps must change and pass where not."""
+    result, _, table = quick("iq-sanity")
+    found = {(row.of["explainer"], row.of["other"]): (row.value, row.of["verdict"]) for row in result.rows}
+    for other, verdict in (
+        ("random weights", "fail"),
+        ("permuted labels", "fail"),
+        ("trained again", "pass"),
+        ("other architecture", "pass"),
+    ):
+        assert found["random", other] == (pytest.approx(1), verdict)
+    assert not any(name in claim.evidence for claim in result.claims for name in ("random,", "oracle")), "anchors"
+    assert "*random*" in table and "1.00 [1.00, 1.00] fails" in table
+    own = [value for (method, other), (value, _) in found.items() if method == "lime" and other == "random weights"]
+    assert own[0] < 0.9
+
+
+def test_coin_flips_are_learnt_by_heart_and_by_nothing_else():
+    assert memorised(3, count=24, steps=400)[1] == 1
+    assert memorised(3, count=24, steps=1)[1] < 0.9
+
+
+def test_the_main_table_says_what_was_not_tested(quick):
+    result, written, table = quick("iq-main")
+    assert written["quick"] and "cxr-clip on real radiographs: NOT TESTED" in table
+    models = {row["model"] for row in written["rows"] if "model" in row}
+    assert models == {"phantom-clip-shortcut"}
+    methods = {row["explainer"] for row in written["rows"] if row["name"] == "F"}
+    assert methods == {"gradient_times_input", "grad_cam", "random"}
+    assert any(claim.claim.startswith("an injected corner patch raises R") for claim in result.claims)
+    with pytest.raises(UsageError, match="takes no data"):
+        run_experiment("iq-sanity", "unused", data=Path("x"))
+
+
+@pytest.mark.parametrize(("low", "shows"), [(1.4, True), (0.6, False)])
+def test_a_map_shows_the_shortcut_only_where_its_interval_is_above_chance(low, shows):
+    checks = {f"{key}_verdict": "pass" for key in ("randomisation", "prompt_randomisation")}
+    numbers = {"R": 0.3, "F": 0.5, "R_excess": 0.1, "mass drain": 2.0, "seconds": 0.1}
+    row = {"method": "lime", "anchor": False, "images": 12, "built_from": "subset_fill", **numbers, **checks}
+    made = bare(Comparison, judged={}, target=SimpleNamespace(name="pneumothorax"), rows=np.arange(12), patients=())
+    compared = bare(Compared, made=made, rows=[{**row, "ci95": {"mass drain": [low, 2.6]}}])
+    found = Found({"phantom-clip-shortcut": compared}, Study(), (), (0.0, 0.8), "drain")
+    (claim,) = shortcut_claims(found)
+    assert claim.holds is shows and f"{int(shows)} of 1 do" in claim.evidence
+
+
+def test_both_at_once_costs_fewer_explanations_and_is_counted(quick):
+    """1 + 3 + 3 rows a row for each modality by itself, 1 + 3 for both at once, 1 + 2 for one pair."""
+    result, written, _ = quick("iq-multimodal")
+    cost = {row["variant"]: row["value"] for row in written["rows"] if row["name"] == "cost"}
+    assert set(cost) == {"plain", "RBP, each modality", "RBP, both at once", "RBP, one pair"} and cost["plain"] == 1
+    assert any("phantom-clip" in claim.claim for claim in result.claims)
+
+
+def test_a_part_is_hardened_by_its_own_perturbations_alone():
+    """Only the first part feeds the output, which an echo repeats: nothing of the second shrinks."""
+    parts = tuple(
+        Part("column", torch.rand(4, 2, generator=torch.Generator().manual_seed(i)) + 1, torch.zeros(4, 2),
+             torch.tensor([2 * i, 2 * i + 1]))
+        for i in range(2)
+    )  # fmt: skip
+    question = Question(parts, lambda values: values[0].sum(1), 4, tuple("abcd"))
+    hardened = separate_rbp(echo)(question, torch.Generator().manual_seed(0))
+    plain = echo(question, torch.Generator().manual_seed(0))
+    kept = hardened / plain  # one factor for all where nothing moved: attributions are scaled to sum 1 first
+    assert torch.allclose(kept[:, 2], kept[:, 3]) and (kept[:, :2] < 0.99 * kept[:, 2:3]).all()
