@@ -13,14 +13,24 @@ About 5 minutes on one core.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechinterp.experiments.iq_page import Layout, injection_result
-from mechinterp.experiments.iq_toys import ANCHORS, CIRCULAR, Toy, dealt, explainers_for, fit, following, toy_study
+from mechinterp.experiments.iq_toys import (
+    ANCHORS,
+    CIRCULAR,
+    Sizes,
+    Toy,
+    dealt,
+    explainers_for,
+    fit,
+    following,
+    toy_study,
+)
 from mechinterp.experiments.result import Result
 from mechinterp.explain.ask import about_function, blurred, patch_owner
 from mechinterp.explain.inject import Injected, scale_of
@@ -32,18 +42,6 @@ __all__ = ["Shapes", "Sizes", "bright_pixel", "run", "shapes", "toy_of"]
 SIDE, GRID, SLOT = 16, 4, 0
 BRIGHT = 1.5  # shapes reach 1
 NONE, PIXEL, CONTROL = "no injection", "bright pixel", "shuffled"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much of everything; `few` takes a handful of explainers."""
-
-    rows: int = 16
-    seeds: int = 6
-    draws: int = 16
-    steps: int = 600
-    psi: tuple[float, ...] = (0.2, 0.5, 0.8)
-    few: bool = False
 
 
 QUICK = Sizes(rows=5, seeds=1, draws=3, steps=60, psi=(0.8,), few=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mechinterp.data.phantom import Phantom
 from mechinterp.experiments.iq_page import Layout, injection_result
 from mechinterp.experiments.iq_toys import ANCHORS, CIRCULAR, Toy, dealt, explainers_for, fit, following, toy_study
+from mechinterp.experiments.iq_toys import Sizes as ToySizes
 from mechinterp.experiments.result import Result
 from mechinterp.explain.ask import about_function
 from mechinterp.explain.inject import Injected, scale_of
@@ -38,16 +39,10 @@ NONE, STAMP, CONTROL = "no injection", "stamp word", "shuffled"
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much of everything; `few` takes a handful of explainers."""
+class Sizes(ToySizes):
+    """How much of everything."""
 
     captions: int = 20_000
-    rows: int = 16
-    seeds: int = 6
-    draws: int = 16
-    steps: int = 600
-    psi: tuple[float, ...] = (0.2, 0.5, 0.8)
-    few: bool = False
 
 
 QUICK = Sizes(captions=3000, rows=5, seeds=1, draws=3, steps=60, psi=(0.8,), few=True)

@@ -15,12 +15,37 @@ from mechinterp.explain.methods import ELEMENT_METHODS, Method, applies
 from mechinterp.explain.question import ElementExplainer, Question
 from mechinterp.progress import progress
 
-__all__ = ["ANCHORS", "CIRCULAR", "Toy", "TrainingSet", "dealt", "explainers_for", "fit", "following", "toy_study"]
+__all__ = [
+    "ANCHORS",
+    "CIRCULAR",
+    "Sizes",
+    "Toy",
+    "TrainingSet",
+    "dealt",
+    "explainers_for",
+    "fit",
+    "following",
+    "toy_study",
+]
 
 ANCHORS = ("random", "constant", "centre", "edges", "echo", "oracle")
 CIRCULAR = ("occlusion",)  # removes single elements, as F does, though with another fill
 SAMPLES = 64  # of LIME, KernelSHAP and RISE: the toys have about 16 elements
 FEW = ("lime", "integrated_gradients", "occlusion", "grad_cam", "random", "oracle")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; `few` takes a handful of explainers."""
+
+    rows: int = 16
+    seeds: int = 6
+    draws: int = 16
+    steps: int = 600
+    psi: tuple[float, ...] = (0.2, 0.5, 0.8)
+    few: bool = False
+
+
 TrainingSet = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 
