@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -80,10 +81,11 @@ def run_quality() -> Iterator[list[Row]]:
     held_out = torch.cat([next(structured(d, seed=777)) for _ in range(2)])
     for seed in range(3):
         batches = list(islice(structured(d, seed, rows), steps))
-        ours = Trainer(_config("topk", d, rows), d, batches[0].mean(0), steps, seed)
-        for batch in batches:
-            ours.step(batch)
-        found.setdefault("ours", []).append(_scores(_finished(ours), held_out))
+        for name, start in (("ours", "fitted"), ("ours from sae-lens's start", "sae-lens")):
+            ours = Trainer(replace(_config("topk", d, rows), start=start), d, batches[0].mean(0), steps, seed)
+            for batch in batches:
+                ours.step(batch)
+            found.setdefault(name, []).append(_scores(_finished(ours), held_out))
         for package in ELSEWHERE["topk"]:
             there = trained_elsewhere(package, [*batches, held_out], K, EXPANSION * d, seed)
             found.setdefault(package, []).append(there)
@@ -93,7 +95,8 @@ def run_quality() -> Iterator[list[Row]]:
             pairs = [(mine[name], other[name]) for mine, other in zip(found["ours"], theirs, strict=True)]
             a, b = (statistics.mean(values) for values in zip(*pairs, strict=True))
             case = f"topk d={d}, {steps} steps of {rows}, {len(pairs)} seeds: held-out {name}"
-            worst, ratio = max(abs(one - other) for one, other in pairs), b / a if name == "dead" else a / b
+            worst = max(abs(one - other) for one, other in pairs)
+            ratio = (b / a if name == "dead" else a / b) if a and b else 1.0  # none dead has no ratio
             if package != "ours":
                 lines.append(Row(case, a, b, package, "1", ratio, worst))
     yield lines
