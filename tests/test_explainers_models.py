@@ -13,7 +13,10 @@ from PIL import Image
 from test_explain import FAMILIES, TARGET, images
 from tiny_models import save_tiny, tiny
 
+from graphs.build import build_graph
+from graphs.frozen import freeze
 from mechinterp.audit.explaining import OWN
+from mechinterp.audit.graphing import output_of
 from mechinterp.audit.own_methods import own_methods, sae_maps
 from mechinterp.cli import main
 from mechinterp.errors import UsageError
@@ -25,7 +28,7 @@ from mechinterp.explain.question import Question
 from mechinterp.explain.reading import paths, pooling
 from mechinterp.interventions import effects
 from mechinterp.models import HookedVLM
-from mechinterp.types import Placed
+from mechinterp.types import Placed, Site
 from saes.dictionary import SparseDictionary, TopK
 
 CHEAP = {"kernel_shap": 6, "lime": 6, "rise": 6}
@@ -253,6 +256,25 @@ def test_maps_of_features_are_ablation_effects_where_the_features_are_active(mod
     alone = sae_maps(question[1:], draw(), model=model, placed=placed, most=2)
     torch.testing.assert_close(few[1:], alone, atol=1e-6, rtol=1e-4)
     assert not torch.allclose(few, found, atol=1e-4)
+
+
+def test_patches_of_graphs_have_the_influence_that_each_image_s_own_graph_says(models):
+    model, generator = models["clip"], draw(5)
+    encoder, decoder = (torch.randn(32, 24, generator=generator) for _ in range(2))
+    made = SparseDictionary(encoder, decoder.T.clone(), torch.zeros(24), torch.zeros(32), TopK(3), centred=False)
+    reads, writes = "vision.blocks.0.ln2.hook_normalized", "vision.blocks.0.hook_mlp_out"
+    placed = [Placed(made, Site.parse(reads), Site.parse(writes))]
+    question = about_image(model, images(model), TARGET)
+    method = own_methods(model, transcoders=placed)["graph_patches"]
+    found = method.explain(question, draw())
+    assert (found >= 0).all() and (found.sum(1) < 1).all()
+    turned = question.at((question.values[0].flip(-1),))  # perturbed copies are explained, not the images asked about
+    assert not torch.allclose(method.explain(turned, draw()), found, atol=1e-3)
+    graph = build_graph(freeze(model, images(model)[1:2], [output_of(model, TARGET)]), placed, max_features=300)
+    by_label = dict(zip(graph.nodes.labels, graph.nodes.influence.tolist(), strict=True))
+    rows, columns = question.shape
+    named = [by_label[f"patch {r},{c}"] for r in range(rows) for c in range(columns)]
+    torch.testing.assert_close(found[1], torch.tensor(named), atol=1e-6, rtol=1e-4)
 
 
 def test_own_methods_explain_their_own_model_only(models):

@@ -126,6 +126,10 @@ def test_gradients_sum_over_the_positions_of_an_element():
     found = gradient_times_value(question, torch.Generator())
     patches = image[:, 0].unfold(1, 2, 2).unfold(2, 2, 2).flatten(1, 2).flatten(2)
     torch.testing.assert_close(found, 2 * patches.square().sum(-1))
+    margin = owner.masked_fill(owner == 3, -1)  # the lower right belongs to no element, as what a model crops away
+    outside = replace(question, parts=(replace(question.parts[0], owner=margin),), count=4)
+    cropped = gradient_times_value(outside, torch.Generator())
+    assert torch.equal(cropped[:, :3], found[:, :3]) and not cropped[:, 3].any(), "and none gets what is outside"
 
 
 def test_a_perturbation_moves_each_block_by_its_share(asked):
@@ -148,6 +152,9 @@ def test_small_elements_move_as_if_they_had_the_floor_and_pairs_are_antithetic()
     assert torch.equal(near[0], torch.tensor([0.0, 2.0]))
     torch.testing.assert_close(near[1:].std(0), torch.tensor([0.1 * 0.05, 0.1 * 2]), rtol=0.1, atol=0)
     torch.testing.assert_close(near[1:1001] + near[1001:], 2 * near[:1].expand(1000, -1))
+    small = about_function(lambda x: x.sum(1), torch.tensor([[-0.01, 2.0]]), torch.zeros(2), torch.arange(2))
+    near = shaken(small, 2000, 0.1, torch.Generator().manual_seed(0)).values[0]
+    torch.testing.assert_close(near[1:].std(0), torch.tensor([0.1 * 0.05, 0.1 * 2]), rtol=0.1, atol=0)
     with pytest.raises(UsageError, match="even"):
         shaken(question, 3, 0.1, torch.Generator(), antithetic=True)
 
