@@ -69,6 +69,8 @@ def test_images_are_of_test_patients_one_each_and_half_with_the_target(cohort):
     with_mark = cohort.attribute("mark").values[asked] == 1
     assert len({cohort.patients[r] for r in asked}) == 12
     assert [int(with_mark[cohort.labels("finding")[asked] == label].sum()) for label in (0, 1)] == [3, 3]
+    few = chosen_rows(cohort, "finding", 6, seed=3, masks=("mark",))
+    assert (cohort.attribute("mark").values[few] == 1).sum() == 4, "the odd one of each three has it"
     with pytest.raises(DataError, match="test patient"):
         chosen_rows(cohort.subset(cohort.split != "test"), "finding", 12, seed=0)
 
