@@ -59,9 +59,14 @@ def plane_picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
         (axes[0, 0], "R", "R: moves with the output"),
         (axes[0, 1], "R_excess", "R beyond the true effects' own movement"),
     ):
+        top = _top(rows, column)
         for row in rows:
             x, y = row["F"], row[column]
             if x is None or y is None:
+                continue
+            if y > top:  # an anchor that would squeeze everything else to the bottom
+                said = f"{row['method'].replace('_', ' ')}: {y:.2f} \u2191"
+                ax.text(x, 0.985 * top, said, fontsize=6.5, color=GREY, ha="center", va="top")
                 continue
             colour = GREY if row["anchor"] else EDGES[0] if row["built_from"] in ("latent", "graph") else "#1f5fa8"
             for key, at in (("F", "x"), (column, "y")):
@@ -76,13 +81,20 @@ def plane_picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
         ax.set_xlabel("F: agrees with held-out removal effects", fontsize=8.5)
         ax.set_ylabel(label, fontsize=8.5)
         ax.set_xlim(0, 1.02)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, top)
         ax.tick_params(labelsize=8, length=2)
         ax.grid(color="#eceff1", linewidth=0.7)
         ax.set_axisbelow(True)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
     return _png(figure)
+
+
+def _top(rows: Sequence[Mapping[str, Any]], column: str) -> float:
+    """Upper end of an axis that holds every explainer's interval; all rows where there are only anchors."""
+    counted = [row for row in rows if not row["anchor"]] or rows
+    ends = [max([row[column], *(row["ci95"].get(column) or ())]) for row in counted if row[column] is not None]
+    return 1.1 * max([*ends, 0.05])
 
 
 def _shown(made: Comparison, data: ImageData, images: int) -> list[int]:
