@@ -31,15 +31,17 @@ def condition(psi: float) -> str:
     return f"psi {psi:g}"
 
 
-def report(
-    found: dict[str, Found], methods: Sequence[str], hardened: Sequence[str], strengths: Sequence[float]
-) -> Result:
-    """Rows, claims, tables and the figure. `hardened`: the methods that RBP was put on; `strengths`: every psi."""
+def report(found: dict[str, Found], hardened: Sequence[str], strengths: Sequence[float]) -> Result:
+    """Rows, claims, tables and the figure. `hardened`: the methods that RBP was put on; `strengths`: every psi.
+
+    The methods of a model are those of its `words`, those whose cost was taken the ones in `cost`.
+    """
     strongest = max(strengths)
     rows: list[Row] = []
     tables: list[Table] = []
     claims: list[Claim] = []
     for name, f in found.items():
+        methods = tuple(f.words)
         arms = [(m, PLAIN) for m in methods] + [(m, v) for m in hardened for v in (APART, JOINT, PAIR)]
         for psi in strengths:
             kept = f.study.kept(condition(psi))
@@ -64,7 +66,7 @@ def report(
         "F is judged with other fillings (blur; mean word vector) than the explainers use (grey; unknown word).",
         "Patches and words are on one scale here: the attribution of the same score.",
     ]
-    return Result(rows, claims, tables, _figure(found, methods, hardened, strengths), notes)
+    return Result(rows, claims, tables, _figure(found, strengths), notes)
 
 
 def _moved(f: Found, methods: Sequence[str], psi: float) -> dict[str, dict[str, Difference]]:
@@ -90,7 +92,8 @@ def _rbp_claims(name: str, f: Found, hardened: Sequence[str], psi: float) -> lis
         return []
     at = condition(psi)
     gains = {m: f.study.change((at, m, PAIR), (at, m, PLAIN), "IS_p2") for m in hardened}
-    dearest = max((f.cost[m, PAIR], m) for m in hardened)
+    timed = list(dict.fromkeys(m for m, _ in f.cost))
+    dearest = max((f.cost[m, PAIR], m) for m in timed)
     same = {
         m: _apart(f.study.values((at, m, PAIR), "IS_p2"), f.study.values((at, m, APART), "IS_p2")) for m in hardened
     }
@@ -99,7 +102,7 @@ def _rbp_claims(name: str, f: Found, hardened: Sequence[str], psi: float) -> lis
         Claim(
             f"{name}: RBP of both modalities costs at most 3 explanations",
             dearest[0] <= 3.05,
-            "; ".join(f"{m} {f.cost[m, PAIR]:.2f}" for m in hardened)
+            "; ".join(f"{m} {f.cost[m, PAIR]:.2f}" for m in timed)
             + " (in CPU time; by count it is exactly 3: the input and one pair)",
         ),
         Claim(
@@ -141,15 +144,13 @@ def _rbp_table(name: str, f: Found, hardened: Sequence[str], strengths: Sequence
     return Table(f"{name}: RBP of both modalities", header, tuple(lines))
 
 
-def _figure(
-    found: dict[str, Found], methods: Sequence[str], hardened: Sequence[str], strengths: Sequence[float]
-) -> bytes:
+def _figure(found: dict[str, Found], strengths: Sequence[float]) -> bytes:
     figure, axes = canvas(1, 2 * len(found), 5.5 * len(found) + 1, 3.6)
     for place, (name, f) in enumerate(found.items()):
         left, right = axes[0, 2 * place], axes[0, 2 * place + 1]
         axes_of(left, f"{name}: by injection", "R (moves with the output)")
         left.set_ylabel("F (matches the effects)")
-        for i, m in enumerate(methods):
+        for i, m in enumerate(f.words):
             keys = [(condition(p), m, PLAIN) for p in strengths]
             points = [(f.study.mean(key, "R"), f.study.mean(key, "F_dist")) for key in keys]
             left.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], label=m.replace("_", " "))
@@ -158,7 +159,7 @@ def _figure(
         left.set_ylim(0, 1)
         left.legend(fontsize=7, frameon=False)
         axes_of(right, f"{name}: what RBP costs", "explanations")
-        bars = [(m, v) for m in hardened for v in (APART, JOINT, PAIR)]
+        bars = [key for key in f.cost if key[1] != PLAIN]
         right.barh(range(len(bars)), [f.cost[b] for b in bars], color=COLOURS[0], height=0.6)
         right.set_yticks(range(len(bars)), [f"{m.replace('_', ' ')}\n{v}" for m, v in bars], fontsize=6)
         right.axvline(3, color=GREY, linestyle=":")
