@@ -122,10 +122,10 @@ def compare(
     wanted = ((attribute,) if attribute else ()) + tuple(name for name in effort.masks if name != attribute)
     masks = {name: masks_of(model, data, name, picked) for name in wanted}
     patients = tuple(data.patients[int(row)] for row in picked)
-    noise = np.random.default_rng(seed).standard_normal(own.shape)
-    curves = [_curve(judge, order) for order in (noise, bench.effect[:, 0])]
+    by_chance = _curve(judge, np.random.default_rng(seed).standard_normal(own.shape))
+    by_effect = _curve(judge, bench.effect[:, 0])
     has_mask = attribute is not None
-    return Comparison(model, target, question, picked, patients, judged, masks, *curves, has_mask, refused)
+    return Comparison(model, target, question, picked, patients, judged, masks, by_chance, by_effect, has_mask, refused)
 
 
 def _curve(judge: Question, attribution: Float[np.ndarray, "image element"]) -> Float[np.ndarray, " image"]:
