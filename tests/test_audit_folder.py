@@ -69,6 +69,8 @@ def test_the_iq_command_prints_the_numbers_of_the_audit(stranger, tmp_path, monk
     command = ["iq", str(folder), "--data", str(data), "--images", "2", "--methods", "occlusion,random"]
     assert main([*command, "--out", str(tmp_path / "iq")]) == 0, capsys.readouterr().err
     assert "occlusion" in capsys.readouterr().out and verify_folder(tmp_path / "iq") == []
+    said = (tmp_path / "iq" / "table.md").read_text()
+    assert f"--images 2 --data {data} --methods occlusion,random`" in said, "the command that makes this table again"
     rows = json.loads((tmp_path / "iq" / "iq.json").read_text())["explainers"]
     settings = Settings(draws=200, random_sets=100, joint_sets=20, explainer_images=2)
     made = audit(HookedVLM.from_pretrained(folder), open_data(data), out=tmp_path / "audit", settings=settings)

@@ -7,7 +7,7 @@
 3. A corner patch that follows the output at test time (phantom-clip): do Grad-CAM, rollout and flow turn around as LIME
    and SHAP do?
 
-About 40 minutes on one core.
+About 65 minutes on one core.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
    same model: below it for random weights and permuted labels, above it for the twin and the other architecture
    (Adebayo et al. 2018, arXiv:1810.03292; Arun et al. 2021, Radiology: AI 3:e200267).
 
-The unit of an interval is the network (toys) or the patient (phantoms). About 6 minutes on one core.
+The unit of an interval is the network (toys) or the patient (phantoms). About 8 minutes on one core.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def report(found: dict[str, Found], hardened: Sequence[str], strengths: Sequence
     claims: list[Claim] = []
     for name, f in found.items():
         methods = tuple(f.words)
-        arms = [(m, PLAIN) for m in methods] + [(m, v) for m in hardened for v in (APART, JOINT, PAIR)]
+        own = [m for m in hardened if m in methods]
+        arms = [(m, PLAIN) for m in methods] + [(m, v) for m in own for v in (APART, JOINT, PAIR)]
         for psi in strengths:
             kept = f.study.kept(condition(psi))
             rows.append(Row("gated out", float(1 - kept.mean()), len(kept), None, {"model": name, "psi": psi}))
@@ -57,11 +58,11 @@ def report(found: dict[str, Found], hardened: Sequence[str], strengths: Sequence
         moved = _moved(f, methods, strongest)
         tables.append(_levels(name, f, methods))
         tables.append(_changes(name, moved, methods, strongest))
-        if hardened:
-            tables.append(_rbp_table(name, f, hardened, strengths))
+        if own:
+            tables.append(_rbp_table(name, f, own, strengths))
         for column, sign, verb in (("R", 1, "raises R"), ("F_dist", -1, "lowers F"), ("IS_p2", 1, "raises IS")):
             claims.append(_direction(f"{name}: injection {verb}", moved[column], methods, sign))
-        claims += _rbp_claims(name, f, hardened, strongest)
+        claims += _rbp_claims(name, f, own, strongest)
     notes = [
         "F is judged with other fillings (blur; mean word vector) than the explainers use (grey; unknown word).",
         "Patches and words are on one scale here: the attribution of the same score.",

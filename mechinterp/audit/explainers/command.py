@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,10 +44,19 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
         data.attribute(name)  # refuses what is not there before anything is computed
     effort = Effort(images=args.images, masks=masks)
     compared = compare_explainers(model, data, target, methods, effort, args.seed, thresholds=limits)
-    command = f"mechinterp iq {args.model} --seed {args.seed} --images {args.images}"
+    command = _command(args)
     table = write_folder(compared, data, out, args.seed, round(time.perf_counter() - started, 2), command)
     refused = [f"{name}: {why}" for name, why in compared.made.refused.items()]
     return "\n".join([table, *refused, f"table: {out / 'table.md'}, pictures: {out / 'maps.png'}, {out / 'plane.png'}"])
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What to type for the same table."""
+    parts = ["mechinterp", "iq", args.model, "--seed", str(args.seed), "--images", str(args.images)]
+    for option in ("data", "target", "methods", "masks", "thresholds"):
+        value = getattr(args, option)
+        parts += [f"--{option}", str(value)] if value else []
+    return shlex.join(parts)
 
 
 def _methods(model: HookedVLM, data: ImageData, target: Target, named: list[str], seed: int) -> dict[str, Method]:
