@@ -33,6 +33,7 @@ __all__ = [
     "Edges",
     "edges_of",
     "influence",
+    "known_effect",
     "output_weights",
     "relative",
     "shares",
@@ -142,7 +143,9 @@ def influence(graph: AttributionGraph, edges: Edges | None = None) -> Float[Tens
     return substitute(edges, shares(edges), output_weights(graph))
 
 
-def total_effect(graph: AttributionGraph, output: int | None = None) -> Float[Tensor, " node"]:
+def total_effect(
+    graph: AttributionGraph, output: int | None = None, edges: Edges | None = None
+) -> Float[Tensor, " node"]:
     """Signed effect of each node on one output (by its number), or on the weighted sum of all of them, float64.
 
     In a graph that is expanded completely, and whose features' activations are their pre-activations, the total effects
@@ -155,8 +158,14 @@ def total_effect(graph: AttributionGraph, output: int | None = None) -> Float[Te
         seed[graph.outputs[output].node] = 1.0
     else:
         raise UsageError(f"there is no output {output}", where="output", hint=f"there are {len(graph.outputs)}")
-    edges = edges_of(graph)
+    edges = edges or edges_of(graph)
     return substitute(edges, relative(graph, edges), seed)
+
+
+def known_effect(graph: AttributionGraph) -> Float[Tensor, " node"]:
+    """Total effect on the weighted outputs: what pruning kept of the whole graph's, else that of this graph."""
+    kept = graph.nodes.effect.double()
+    return kept if bool(kept.any()) else total_effect(graph)
 
 
 def substitute(

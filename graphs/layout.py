@@ -78,6 +78,7 @@ class _Rows:
             pre=pre,
             constant=constant,
             influence=torch.zeros(n, dtype=self.dtype),
+            effect=torch.zeros(n, dtype=self.dtype),
             towers=towers,
             ids=tuple(self.ids),
             labels=tuple(self.labels),

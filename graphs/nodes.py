@@ -42,7 +42,7 @@ class NodeType(IntEnum):
 
 
 N_TYPES = len(NodeType)
-COLUMNS = ("type", "tower", "layer", "pos", "feature", "activation", "pre", "constant", "influence")
+COLUMNS = ("type", "tower", "layer", "pos", "feature", "activation", "pre", "constant", "influence", "effect")
 """The columns of a table, in the order in which they are written."""
 
 
@@ -62,6 +62,7 @@ class Node:
     pre: float
     constant: float
     influence: float
+    effect: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,7 @@ class NodeTable:
         pre: of a feature its pre-activation in the true forward, of an output its value, 0 elsewhere.
         constant: the part of `pre` that depends on no other node; `pre - constant` is the sum of the in-edges.
         influence: share of the outputs that passes through a node (0 until it is computed).
+        effect: signed total effect on the weighted outputs in the graph that this one was pruned from (0 until then).
         towers: names of the towers, such as "vision", "projector", "text".
         ids: unique names, such as "vision.L2.P17.F301".
         labels: what a person reads.
@@ -93,6 +95,7 @@ class NodeTable:
     pre: Float[Tensor, " node"]
     constant: Float[Tensor, " node"]
     influence: Float[Tensor, " node"]
+    effect: Float[Tensor, " node"]
     towers: tuple[str, ...]
     ids: tuple[str, ...]
     labels: tuple[str, ...]
@@ -124,6 +127,7 @@ class NodeTable:
             pre=float(self.pre[index]),
             constant=float(self.constant[index]),
             influence=float(self.influence[index]),
+            effect=float(self.effect[index]),
         )
 
     @cached_property
@@ -157,6 +161,10 @@ class NodeTable:
     def with_influence(self, influence: Float[Tensor, " node"]) -> NodeTable:
         """The same table with this influence."""
         return replace(self, influence=influence.to(self.activation.dtype))
+
+    def with_effect(self, effect: Float[Tensor, " node"]) -> NodeTable:
+        """The same table with this total effect."""
+        return replace(self, effect=effect.to(self.activation.dtype))
 
     def with_labels(self, labels: Mapping[str, str] | Sequence[str]) -> NodeTable:
         """The same table with other labels: one for each node, or a mapping from ids. Raises UsageError otherwise."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from graphs.influence import Edges, edges_of, influence, output_weights, shares
+from graphs.influence import Edges, edges_of, influence, output_weights, shares, total_effect
 from graphs.nodes import NodeType
 from graphs.scores import scores
 from mechinterp.errors import UsageError
@@ -28,16 +28,17 @@ def prune(graph: AttributionGraph, node: float | int = 0.8, edge: float | int = 
     """The nodes that carry a share `node` of the influence, and of the edges between them those that carry `edge`.
 
     Outputs, patches and words stay in any case. Every row still adds up, `row sum + rest + constant == pre`. The nodes
-    keep the influence that they have in the whole graph. `meta["pruning"]` holds the thresholds, the sizes, and the
-    scores of what is left with everything else counted as error (`graphs.scores`); `meta["scores"]` those of the whole
-    graph.
+    keep the influence and the total effect that they have in the whole graph: through what pruning takes away as well.
+    `meta["pruning"]` holds the thresholds, the sizes, and the scores of what is left with everything else counted as
+    error (`graphs.scores`); `meta["scores"]` those of the whole graph.
 
     Raises UsageError when a threshold is not in `[0, 1]`.
     """
     edges = edges_of(graph)
     keep_nodes, keep_edges = prune_masks(graph, node, edge, edges)
     found = influence(graph, edges)
-    pruned = graph.with_nodes(graph.nodes.with_influence(found)).subgraph(keep_nodes, keep_edges)
+    known = graph.nodes.with_influence(found).with_effect(total_effect(graph, edges=edges))
+    pruned = graph.with_nodes(known).subgraph(keep_nodes, keep_edges)
     about = {
         "node_threshold": node,
         "edge_threshold": edge,

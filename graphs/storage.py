@@ -92,6 +92,7 @@ def _described(graph: AttributionGraph) -> dict[str, Any]:
         nodes.feature.tolist(),
         nodes.activation.tolist(),
         nodes.influence.tolist(),
+        nodes.effect.tolist(),
         strict=True,
     )
     return {
@@ -123,9 +124,10 @@ def _described(graph: AttributionGraph) -> dict[str, Any]:
                 "feature": feature,
                 "activation": activation,
                 "influence": influence,
+                "effect": effect,
                 "label": label,
             }
-            for name, label, kind, tower, layer, pos, feature, activation, influence in rows
+            for name, label, kind, tower, layer, pos, feature, activation, influence, effect in rows
         ],
         "meta": graph.meta,
     }

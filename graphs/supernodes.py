@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from graphs.graph import AttributionGraph, Outputs, csr
-from graphs.influence import total_effect
+from graphs.influence import known_effect
 from graphs.nodes import N_TYPES, NodeTable, NodeType
 from mechinterp.errors import StorageError, UsageError
 from mechinterp.storage import read_json, write_json
@@ -187,6 +187,7 @@ def _summed(
         pre=total(torch.where(known, nodes.pre, torch.zeros_like(nodes.pre))),
         constant=total(torch.where(known, nodes.constant, torch.zeros_like(nodes.constant))),
         influence=total(nodes.influence),
+        effect=total(nodes.effect),
         towers=nodes.towers,
         ids=tuple(names[i][0] if i in names else nodes.ids[head] for i, head in enumerate(heads.tolist())),
         labels=tuple(names[i][1] if i in names else nodes.labels[head] for i, head in enumerate(heads.tolist())),
@@ -236,7 +237,7 @@ def suggest(
         return Supernodes()
     members = {group.name: group.members for group in alone}
     ids = [members.get(nodes.labels[f], (nodes.ids[f],)) for f in features.tolist()]
-    effect = total_effect(graph)
+    effect = known_effect(graph)
     effects = torch.stack([effect[[graph.nodes.index(i) for i in mine]].sum() for mine in ids])
     alike = _alike(whole, features, dictionaries, effects.sign())
     distance = torch.where(alike >= least, 1 - alike, 2.0).fill_diagonal_(0)

@@ -89,6 +89,7 @@ def lot(
         pre=torch.from_numpy(pre).to(dtype),
         constant=torch.from_numpy(constant).to(dtype),
         influence=torch.zeros(n, dtype=dtype),
+        effect=torch.zeros(n, dtype=dtype),
         towers=towers,
         ids=tuple(node_id(row[0], towers[row[1]], *row[2:5]) for row in rows),
         labels=tuple(row[5] for row in rows),

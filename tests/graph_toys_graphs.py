@@ -80,6 +80,7 @@ def random_graph(
         pre=pre,
         constant=constant,
         influence=torch.zeros(n, dtype=dtype),
+        effect=torch.zeros(n, dtype=dtype),
         towers=towers,
         ids=tuple(ids),
         labels=tuple(ids),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphs.influence import influence, output_weights
+from graphs.draw.scene import make_scene
+from graphs.influence import influence, known_effect, output_weights, total_effect
 from graphs.nodes import NodeType
 from graphs.prune import prune, prune_masks, threshold_of
 from mechinterp.errors import UsageError
@@ -73,6 +74,20 @@ def test_rows_still_add_up(case):
             whole = weights[graph.nodes.type[sources] == kind].sum()
             left = kept[pruned.nodes.type[mine] == kind].sum() + pruned.rest[row, kind]
             assert float(left) == pytest.approx(float(whole), abs=1e-10)
+
+
+def test_what_is_drawn_of_a_pruned_graph_is_the_effect_in_the_whole_one():
+    graph = lot(3, chained=True)
+    whole = total_effect(graph)
+    pruned = prune(graph, 0.5, 0.6)
+    assert len(pruned.nodes) < len(graph.nodes)
+    kept = [graph.nodes.index(name) for name in pruned.nodes.ids]
+    assert torch.allclose(known_effect(pruned), whole[kept], atol=1e-6)
+    assert not torch.allclose(total_effect(pruned), whole[kept], atol=1e-3)  # paths went with the pruning
+    assert torch.equal(known_effect(graph), whole)  # nothing was kept yet: computed
+    scene = make_scene(pruned, most=10**6, most_lines=10**6, most_patches=10**6)
+    for box in scene.boxes:
+        assert box.effect == pytest.approx(float(whole[[kept[i] for i in box.members]].sum()), abs=1e-5)
 
 
 def test_what_always_stays_and_what_must_be_connected():

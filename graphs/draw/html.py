@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from graphs.draw.png import caption, title_of
 from graphs.draw.scene import Names, feature_names, feeds_of, grid_of, make_scene, output_name, patch_of, quoted
-from graphs.influence import edges_of, influence, output_weights, shares, total_effect
+from graphs.influence import edges_of, influence, known_effect, output_weights, shares
 from graphs.nodes import Node, NodeType
 from graphs.supernodes import Supernodes
 from mechinterp.pages.heat import thumbnail
@@ -105,7 +105,7 @@ def _nodes(graph: AttributionGraph, names: Names | None) -> list[dict[str, Any]]
     table, named = graph.nodes, feature_names(names)
     reach = table.influence.double()
     reach = reach if bool(reach.any()) else influence(graph)
-    effect = total_effect(graph).tolist()
+    effect = known_effect(graph).tolist()
     rest = graph.rest.double().sum(1).tolist()
     rows = graph.row_of.tolist()
     made = []

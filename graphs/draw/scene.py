@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphs.influence import edges_of, influence, output_weights, shares, total_effect
+from graphs.influence import edges_of, influence, known_effect, output_weights, shares
 from graphs.nodes import NodeType
 from graphs.supernodes import Supernodes
 from mechinterp.errors import UsageError
@@ -127,7 +127,7 @@ def make_scene(
     reach = nodes.influence.double()
     if not bool(reach.any()):
         reach = influence(graph)
-    effect = total_effect(graph)
+    effect = known_effect(graph)
     members: list[list[int]] = [[] for _ in keys]
     for node, box in enumerate(owner):
         members[box].append(node)
