@@ -114,12 +114,8 @@ def _dictionaries(command: Command) -> None:
 
 
 def _questions(command: Command) -> None:
-    sub = command(
-        "ablate",
-        _ablate,
-        "remove features and see what the output does",
-        "ablate phantom-clip --features S:12",
-    )
+    example = "ablate phantom-clip --features S:12"
+    sub = command("ablate", _ablate, "remove features and see what the output does", example)
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA")
     sub.add_argument("--features", required=True, metavar="SITE:12,SITE:40")
@@ -158,6 +154,8 @@ def _questions(command: Command) -> None:
     sub.add_argument("--masks", metavar="A,B", help="attributes whose masks maps are held beside, such as a shortcut's")
     sub.add_argument("--images", type=int, default=6, metavar="N", help="test images, one a patient (default 6)")
     sub.add_argument("--thresholds", type=Path, metavar="FILE", help="JSON: thresholds of the grades other than ours")
+    for name, how in (("permuted", "on permuted labels"), ("again", "again"), ("other", "in another architecture")):
+        sub.add_argument(f"--{name}", metavar="MODEL", help=f"the same trained {how}, for the sanity checks")
 
     sub = command("doctor", _doctor, "does this model hook, restore, freeze and score as it should?", "doctor my-model")
     sub.add_argument("model", metavar="MODEL")
@@ -174,11 +172,12 @@ def _questions(command: Command) -> None:
 
 
 def _models(args: argparse.Namespace) -> None:
-    from mechinterp.models import bundled, families
+    from mechinterp.models import bundled, controls, families
 
     print("bundled models")
     for name in bundled():
         print(f"  {name}")
+    print(f"controls for explanations: {', '.join(controls())}")
     print("families that can be loaded from a transformers folder")
     for family in families():
         print(f"  {family.name:8} {', '.join(family.released)}")

@@ -18,6 +18,12 @@ def phantom_card(name: str, facts: dict) -> str:
         if planted
         else "No shortcut was planted: marks, devices and findings were drawn independently."
     )
+    if facts.get("permuted"):
+        what = (
+            "Every image was told the findings, captions and regions of another one, and the model learnt that by "
+            f"heart: it has {facts['by_heart']:.3f} of those labels right. It is a control for explanations "
+            "(data randomisation) and knows no medicine."
+        )
     table = [line(r["name"], str(r["n"]), f"{r['auroc']:.3f}", interval(r)) for r in facts["test"]]
     kind = "LLaVA" if "reports" in facts else "CLIP"
     reports = facts.get("reports")

@@ -21,6 +21,7 @@ from mechinterp.data.phantom import Phantom
 from mechinterp.storage import write_json, write_manifest
 
 BUNDLED = Path(__file__).resolve().parents[1] / "mechinterp" / "bundled"
+CONTROLS_FOLDER = BUNDLED.with_name("controls")
 # grey radiographs: one mean and sd for the three equal channels
 MEAN, STD = 0.48, 0.25
 Planted = tuple[str, str, float]
@@ -198,8 +199,18 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, size: int, o
     CLIPProcessor(image_processor=image_processor(size), tokenizer=tokenizer).save_pretrained(out)
 
 
+CONTROLS = {
+    "phantom-clip": {"permuted": "phantom-clip-permuted", "again": "phantom-clip-again", "other": "phantom-llava"},
+    "phantom-clip-shortcut": {"other": "phantom-llava-shortcut"},
+    "phantom-llava": {"other": "phantom-clip"},
+    "phantom-llava-shortcut": {"other": "phantom-clip-shortcut"},
+}
+"""What a bundled model's saliency maps are held beside (`mechinterp iq`)."""
+
+
 def finish(out: Path, card: str, facts: dict) -> None:
     """Write the model card and the training record, then close the folder."""
+    facts |= {"controls": CONTROLS[out.name]} if out.name in CONTROLS else {}
     (out / "README.md").write_text(card)
     write_json(out / "training.json", facts)
     write_manifest(out, {"kind": "model", "name": out.name})

@@ -1,12 +1,16 @@
-"""Train `phantom-clip`, or with --shortcut its twin `phantom-clip-shortcut`, on rendered phantoms.
+"""Train `phantom-clip`, or a twin of it, on rendered phantoms.
 
-    python training/phantom_clip.py [--shortcut]        (about 15 minutes on one core)
+    python training/phantom_clip.py [--shortcut | --permute]        (about 15 minutes on one core)
+    python training/phantom_clip.py --seed 1 --out mechinterp/controls/phantom-clip-again
 
 1. Render training patients. For the twin, a chest drain goes with pneumothorax (phi 0.9).
 2. Minimise the prompt loss over findings, devices and the PORTABLE mark, a contrastive loss over captions, and a region
    loss: the patches on which something lies agree with its prompt. Without it devices stayed at chance.
 3. The moving average of the weights ships. Zero-shot AUROC is read once on unseen patients drawn without association.
 4. do(drain) on those patients measures what the drain does to the score: the truth that an audit has to find.
+
+With --permute every image is told what is true of another one, and few images are shown often enough to be learnt by
+heart: what the model knows is then no medicine (Adebayo et al. 2018, the data randomisation test).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import numpy as np
 import torch
 from cards import phantom_card
 from common import (
+    CONTROLS_FOLDER,
     Average,
     Clock,
     arguments,
@@ -44,6 +49,7 @@ from mechinterp.metrics.statistics import PatientBootstrap, auroc, percentile_in
 
 SIZE, PATCH, WIDTH, LAYERS, TOKENS, BATCH, LR = 128, 16, 96, 4, 32, 64, 1.5e-3
 IMAGES, STEPS = 10_000, 2_000
+BY_HEART = 400  # images of --permute: each is seen 320 times
 PLANTED = ("drain", "pneumothorax", 0.9)
 NAMED = [name for name, factor in FACTORS.items() if factor.kind in ("finding", "device")]
 ASPECTS = [*NAMED, "portable"]
@@ -77,6 +83,9 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
     """Render and train. Returns the model with averaged weights, and its tokeniser."""
     phantom = Phantom.sample(args.images, seed=args.seed + 1, associations=associations)
     captions, labels, regions, images = phantom.captions(), labels_of(phantom), regions_of(phantom), render(phantom)
+    if args.permute:
+        told = told_of(phantom, args.seed)
+        captions, labels, regions = [captions[i] for i in told], labels[told], regions[told]
     flat = [text for name in ASPECTS for text in prompts_of(name)]
     tokenizer = word_tokenizer([*VOCABULARY, *flat], TOKENS)
     model = small_clip(tokenizer, size=SIZE, patch=PATCH, width=WIDTH, layers=LAYERS, text_layers=2, tokens=TOKENS)
@@ -109,6 +118,18 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
             watch(model, tokenizer)
     model.load_state_dict(average.state)
     return model.eval(), tokenizer
+
+
+def told_of(phantom: Phantom, seed: int) -> list[int]:
+    """Whose truth each image is told under --permute: another image's."""
+    return torch.randperm(len(phantom), generator=torch.Generator().manual_seed(seed + 2)).tolist()
+
+
+def by_heart(model, tokenizer, n: int, seed: int) -> float:
+    """Share of the permuted labels of the training images that the model has learnt."""
+    phantom = Phantom.sample(n, seed=seed + 1)
+    told = 1 - labels_of(phantom)[told_of(phantom, seed)].numpy()
+    return float(((scores_of(model, tokenizer, render(phantom)) > 0) == told).mean())
 
 
 def watch(model, tokenizer) -> None:
@@ -155,10 +176,18 @@ def evaluate(model, tokenizer, n: int, seed: int) -> dict:
 
 
 def main() -> None:
-    args = arguments(IMAGES, STEPS, test=1000).parse_args()
+    parser = arguments(IMAGES, STEPS, test=1000)
+    parser.add_argument("--permute", action="store_true", help=f"learn another image's truth by heart ({BY_HEART})")
+    args = parser.parse_args()
+    if args.permute:
+        args.images = BY_HEART if args.images == IMAGES else args.images
+        args.out = args.out or CONTROLS_FOLDER / "phantom-clip-permuted"
     out, associations, facts = begin(args, "phantom-clip", PLANTED)
     model, tokenizer = train(args, associations)
     facts |= {"parameters": sum(p.numel() for p in model.parameters())}
+    if args.permute:
+        facts |= {"script": f"{facts['script']} --permute", "permuted": True}
+        facts |= {"by_heart": by_heart(model, tokenizer, args.images, args.seed)}
     facts |= evaluate(model, tokenizer, args.test, args.seed)
     save_clip(model, tokenizer, SIZE, out)
     finish(out, phantom_card(out.name, facts), facts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from mechinterp.errors import ModelError
 from mechinterp.interventions.edits import Tokens
 from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled_folder
-from mechinterp.storage import MANIFEST, sha256_file
+from mechinterp.storage import MANIFEST, read_json, sha256_file
 from mechinterp.types import Placed
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "texts_beside",
     "tokens_of",
     "train_transcoders",
+    "training_record",
     "transcoders_of",
 ]
 
@@ -53,6 +55,14 @@ def model_folder(model: HookedVLM) -> Path | None:
         return bundled
     named = str(getattr(model.hf, "name_or_path", "") or "")
     return Path(named) if named and Path(named).is_dir() else None
+
+
+def training_record(model: HookedVLM) -> dict[str, Any]:
+    """The model's training.json: seed, target, what was measured; empty where it has none."""
+    folder = model_folder(model)
+    card = folder / "training.json" if folder else None
+    said = read_json(card) if card and card.is_file() else {}
+    return said if isinstance(said, dict) else {}
 
 
 def default_site(model: HookedVLM) -> str:

@@ -24,7 +24,7 @@ from mechinterp.audit.candidates import candidates
 from mechinterp.audit.catalogue import Heat, feature_row, heat_maps
 from mechinterp.audit.causal import Trial, stage
 from mechinterp.audit.cohort import cohort
-from mechinterp.audit.dictionary import dictionary_of, model_folder, tokens_of
+from mechinterp.audit.dictionary import dictionary_of, tokens_of, training_record
 from mechinterp.audit.drivers import find_drivers, judge
 from mechinterp.audit.evidence import Evidence, collect, prepare
 from mechinterp.audit.explainers import audit_section
@@ -44,7 +44,6 @@ from mechinterp.data import ImageData
 from mechinterp.errors import DataError, UsageError
 from mechinterp.metrics.statistics import PatientBootstrap
 from mechinterp.models import HookedVLM
-from mechinterp.storage import read_json
 from mechinterp.types import FeatureId, Placed, Target
 
 __all__ = ["AuditResult", "audit"]
@@ -150,10 +149,7 @@ def choose_target(model: HookedVLM, data: ImageData, name: str | None) -> Target
     if not data.targets:
         raise DataError("defines no target", where=data.name, hint="add targets to dataset.json")
     if name is None:
-        folder = model_folder(model)
-        card = folder / "training.json" if folder else None
-        said = read_json(card) if card and card.is_file() else {}
-        wanted = said.get("target") if isinstance(said, dict) else None
+        wanted = training_record(model).get("target")
         return data.targets[wanted] if wanted in data.targets else next(iter(data.targets.values()))
     if name not in data.targets:
         raise UsageError(f"no target {name!r}", where="target", hint=f"there are: {', '.join(data.targets)}")

@@ -3,7 +3,8 @@
 1. phantom-clip, phantom-llava and their twins that learnt a shortcut (a drain, for pneumothorax); cxr-clip on real
    radiographs where their folder is given (`--data`). The same test images of a model for all methods.
 2. R, F, IS, R_null and R_excess of `iq-reading-1`, AUPRC in the finding's mask, relevance in the drain's mask over its
-   area, likeness of the map after random weights and after a nonsense prompt, seconds; anchors in every table.
+   area, likeness of the map after random weights and after a nonsense prompt, seconds; anchors in every table. Where a
+   model has controls: likeness to the maps of the same trained on permuted labels, trained again, built differently.
 3. A corner patch that follows the output at test time (phantom-clip): do Grad-CAM, rollout and flow turn around as LIME
    and SHAP do?
 
@@ -22,6 +23,7 @@ from mechinterp.audit.dictionary import dictionary_of, transcoders_of
 from mechinterp.audit.evidence import prepare
 from mechinterp.audit.explainers import Compared, Effort, compare_explainers, methods_of
 from mechinterp.audit.explainers.choose import chosen_rows
+from mechinterp.audit.explainers.controls import controls_of
 from mechinterp.audit.own_methods import own_methods
 from mechinterp.audit.pipeline import choose_target
 from mechinterp.audit.sizes import one_size
@@ -41,7 +43,6 @@ FINDING, SHORTCUT = "pneumothorax", "drain"
 PHANTOMS = ("phantom-clip", "phantom-clip-shortcut", "phantom-llava", "phantom-llava-shortcut")
 REAL = "cxr-clip"
 CORNER = (0,)
-SLOW = {"graph_patches"}  # one graph for every perturbed copy
 INVERTED = (
     "lime",
     "kernel_shap",
@@ -59,12 +60,16 @@ INVERTED = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; `few` is the number of images for generative models, which are slower."""
+    """How much of everything; `few` is the number of images for generative models, which are slower.
+
+    `graphs`: with attribution graphs, one for every perturbed copy of every image.
+    """
 
     models: tuple[str, ...] = PHANTOMS
     methods: tuple[str, ...] = tuple(ELEMENT_METHODS)
     images: int = 12
-    few: int = 8
+    few: int = 12
+    graphs: bool = True
     draws: int = 30
     inverted: tuple[str, ...] = INVERTED
     injected_images: int = 12
@@ -72,8 +77,8 @@ class Sizes:
 
 
 QUICK = Sizes(
-    ("phantom-clip-shortcut",), ("gradient_times_input", "grad_cam", "random"), 3, 3, 3, ("gradient_times_input",), 5,
-    (0.0, 0.8),
+    ("phantom-clip-shortcut",), ("gradient_times_input", "grad_cam", "random"), 3, 3, False, 3,
+    ("gradient_times_input",), 5, (0.0, 0.8),
 )  # fmt: skip
 
 
@@ -99,8 +104,10 @@ def _one(model: HookedVLM, data: ImageData, finding: str, size: Sizes, seed: int
     if len(size.methods) == len(ELEMENT_METHODS):
         placed, _ = dictionary_of(model, data, seed)
         own: dict[str, Method] = own_methods(model, placed, transcoders_of(model))
-        methods |= {name: m for name, m in own.items() if name not in SLOW}
-    return compare_explainers(model, data, target, methods, Effort(images, size.draws, masks=tuple(masks)), seed)
+        methods |= {name: m for name, m in own.items() if size.graphs or name != "graph_patches"}
+    effort = Effort(images, size.draws, masks=tuple(masks))
+    controls = controls_of(model, HookedVLM.from_pretrained)
+    return compare_explainers(model, data, target, methods, effort, seed, controls=controls)
 
 
 def _injection(name: str, data: ImageData, size: Sizes, seed: int) -> Study:

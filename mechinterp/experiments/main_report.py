@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mechinterp.audit.explainers import Compared
+from mechinterp.audit.explainers.folder import BESIDE
 from mechinterp.experiments.canvas import COLOURS, GREY, INK, axes_of, canvas, png
 from mechinterp.experiments.iq_study import PLAIN, Difference, Study, corrected
 from mechinterp.experiments.result import Claim, Result, Row, Table
@@ -19,8 +20,24 @@ __all__ = ["Found", "picture", "report", "shortcut_claims"]
 
 NUMBERS = (
     "R", "F", "IS", "IS_zero", "R_null", "R_excess", "coverage", "F_corr", "F_own", "R_floor", "auprc", "auprc_chance",
-    "randomisation", "prompt_randomisation", "other_prompt", "seconds",
+    "randomisation", "prompt_randomisation", "other_prompt", "label_randomisation", "repeatability", "reproducibility",
+    "seconds",
 )  # fmt: skip
+
+
+TITLES = {
+    "label_randomisation": "permuted labels",
+    "repeatability": "trained again",
+    "reproducibility": "other architecture",
+}
+SAME = ("repeatability", "reproducibility")
+CLAIMS = {
+    "randomisation": "changes with the weights",
+    "prompt_randomisation": "with the prompt",
+    "label_randomisation": "with the labels of training",
+    "repeatability": "comes back when the model is trained again",
+    "reproducibility": "comes back in another architecture",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,8 @@ def report(found: Found, real: bool) -> Result:
         "F is judged by replacing each patch with the blurred image; methods fill with mean grey. Methods that remove "
         "patches one at a time are still closest in kind to the judge; F_own (grey) is in result.json.",
         "Likeness after random weights or a nonsense prompt is the rank correlation of the maps' sizes; = marks a "
-        "method whose maps stay more alike than maps of different patients (a failure).",
+        "method whose maps stay more alike than maps of different patients (a failure). Beside other models: = the "
+        "same for permuted labels; ≠ did not come back, which may be the models' doing as well as the method's.",
         f"R by chance with 30 draws: {expected_absolute_r(30):.2f}.",
     ]
     if not real:
@@ -73,14 +91,15 @@ def _rows(name: str, compared: Compared) -> list[Row]:
 
 def _table(name: str, compared: Compared, shortcut: str) -> Table:
     mass = f"mass {shortcut}"
+    beside = [column for column in BESIDE if any(r.get(column[0]) is not None for r in compared.rows)]
     lines = []
     for r in sorted(compared.rows, key=lambda r: (r["anchor"], -(r["F"] or 0))):
         cells: list[Any] = [f"*{r['method']}*" if r["anchor"] else r["method"]]
         cells += [_cell(r, key) for key in ("R", "F", "IS", "R_null", "R_excess", "auprc", mass)]
-        cells += [_checked(r, key) for key in ("randomisation", "prompt_randomisation")]
+        cells += [_checked(r, key) for key in ("randomisation", "prompt_randomisation", *(key for key, _ in beside))]
         lines.append((*cells, f"{r['seconds']:.3f}"))
     header = ("explainer", "R", "F", "IS", "R_null", "R_excess", "AUPRC", f"relevance on the {shortcut} (1: chance)",
-              "random weights", "nonsense prompt", "seconds")  # fmt: skip
+              "random weights", "nonsense prompt", *(TITLES[key] for key, _ in beside), "seconds")  # fmt: skip
     made = compared.made
     return Table(f"{name}: {made.target.name}, {len(made.rows)} test patients (*anchors*)", header, tuple(lines))
 
@@ -93,7 +112,8 @@ def _cell(r: Mapping[str, Any], key: str) -> str:
 
 
 def _checked(r: Mapping[str, Any], key: str) -> str:
-    verdict = {"fail": " =", "pass": "", "not tested": " ?"}[r[f"{key}_verdict"]]
+    failed = " ≠" if key in SAME else " ="
+    verdict = {"fail": failed, "pass": "", "not tested": " ?"}[r[f"{key}_verdict"]]
     return _cell(r, key).split(" [")[0] + verdict
 
 
@@ -111,7 +131,9 @@ def _claims(name: str, compared: Compared) -> list[Claim]:
         power = f" (NOT TESTED: with {len(noise)} images no p after Holm is below {least:.2f})" if least >= 0.05 else ""
         claims.append(Claim(f"{name}: every explainer is more faithful than random maps", len(better) == len(gains),
                             f"{len(better)} of {len(gains)} are{power}: {said}"))  # fmt: skip
-    for key, words in (("randomisation", "changes with the weights"), ("prompt_randomisation", "with the prompt")):
+    for key, words in CLAIMS.items():
+        if key in TITLES and all(r.get(key) is None for r in real):
+            continue  # the model has no such control
         failed = [r["method"] for r in real if r[f"{key}_verdict"] == "fail"]
         open_ = [r["method"] for r in real if r[f"{key}_verdict"] == "not tested"]
         evidence = f"fail: {', '.join(failed) or 'none'}; undecided: {', '.join(open_) or 'none'} (of {len(real)})"

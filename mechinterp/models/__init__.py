@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING
 from mechinterp.lazy import lazily
 
 if TYPE_CHECKING:
-    from mechinterp.models.bundles import bundled
+    from mechinterp.models.bundles import bundled, controls
     from mechinterp.models.freeze import Check, verify_freeze
     from mechinterp.models.hooked import HookedVLM
     from mechinterp.models.tables import Family, families
 
-__all__ = ["Check", "Family", "HookedVLM", "bundled", "families", "verify_freeze"]
+__all__ = ["Check", "Family", "HookedVLM", "bundled", "controls", "families", "verify_freeze"]
 
 _HOMES = {
     "Check": "freeze",
     "Family": "tables",
     "HookedVLM": "hooked",
     "bundled": "bundles",
+    "controls": "bundles",
     "families": "tables",
     "verify_freeze": "freeze",
 }

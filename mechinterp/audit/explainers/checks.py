@@ -1,4 +1,4 @@
-"""Beside IQ: does the map lie on the truth, and does it change when the weights or the prompt are replaced?"""
+"""Beside IQ: does the map lie on the truth, does it change with weights, labels and prompt, does it come back?"""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import numpy as np
 from jaxtyping import Float
 
 from mechinterp.audit.evidence import prepare
-from mechinterp.audit.explainers.compare import Comparison
+from mechinterp.audit.explainers.compare import Comparison, Judged
+from mechinterp.audit.explainers.controls import Controls
 from mechinterp.data import ImageData
 from mechinterp.errors import UsageError
 from mechinterp.explain.ask import about_image
+from mechinterp.explain.methods import applies
 from mechinterp.explain.question import Question
 from mechinterp.metrics.localisation import localise
-from mechinterp.metrics.sanity import Check, Maps, nonsense, prompt_randomisation, weight_randomisation
+from mechinterp.metrics.sanity import (
+    Check,
+    Maps,
+    label_randomisation,
+    nonsense,
+    prompt_randomisation,
+    reproducibility,
+    weight_randomisation,
+)
 from mechinterp.models import HookedVLM
 from mechinterp.progress import progress
 from mechinterp.types import Target
@@ -46,10 +56,15 @@ def located(made: Comparison, seed: int = 0) -> dict[str, dict[str, Float[np.nda
 
 
 def checked(
-    made: Comparison, data: ImageData, others: Mapping[str, Target] | None = None, seed: int = 0
+    made: Comparison,
+    data: ImageData,
+    others: Mapping[str, Target] | None = None,
+    seed: int = 0,
+    controls: Controls | None = None,
 ) -> dict[str, dict[str, Check]]:
     """Sanity checks of every method: `weights` (cascade over the vision tower), `nonsense`, and `prompt` (`others`).
 
+    With `controls` also `permuted`, `again` and `other`, but not for a method that is made with one model's features.
     A check that a model cannot have (a classifier has no prompt) is left out.
     """
 
@@ -60,6 +75,7 @@ def checked(
     for name, judged in progress(list(made.judged.items()), "sanity checks", unit="method"):
         maps = Maps(ask, judged.method.explain, made.target, made.patients, seed)
         found[name] = {"weights": _weights(maps, made.model, seed)}
+        found[name] |= _beside(maps, made, judged, controls or Controls())
         try:
             drawn = [nonsense(made.model, made.target, seed + i) for i in range(NONSENSE)]
         except UsageError:
@@ -73,7 +89,29 @@ def checked(
     return found
 
 
-FIELDS = {"weights": "randomisation", "nonsense": "prompt_randomisation", "prompt": "other_prompt"}
+FIELDS = {
+    "weights": "randomisation",
+    "nonsense": "prompt_randomisation",
+    "prompt": "other_prompt",
+    "permuted": "label_randomisation",
+    "again": "repeatability",
+    "other": "reproducibility",
+}
+
+
+def _beside(maps: Maps, made: Comparison, judged: Judged, controls: Controls) -> dict[str, Check]:
+    """Checks against other models, where the method explains them too."""
+    found: dict[str, Check] = {}
+    if judged.method.needs == "model":  # made with this model's own features: it explains no other
+        return found
+    for key, model in vars(controls).items():
+        if model is None or not applies(judged.method, maps.ask(model, made.target)):
+            continue
+        if key == "permuted":
+            found[key] = label_randomisation(maps, made.model, model, (SIMILARITY,))[0]
+        else:
+            found[key] = reproducibility(maps, made.model, model, FIELDS[key], (SIMILARITY,))[0]
+    return found
 
 
 def _weights(maps: Maps, model: HookedVLM, seed: int) -> Check:

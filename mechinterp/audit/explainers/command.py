@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mechinterp.audit.dictionary import dictionary_of, transcoders_of
 from mechinterp.audit.explainers.compare import Effort
+from mechinterp.audit.explainers.controls import controls_of
 from mechinterp.audit.explainers.folder import write_folder
 from mechinterp.audit.explainers.grading import read_thresholds
 from mechinterp.audit.explainers.section import compare_explainers, methods_of
@@ -24,6 +25,7 @@ from mechinterp.types import Target
 
 __all__ = ["run"]
 
+CONTROLS = ("permuted", "again", "other")
 SLOW = ("graph_patches",)
 """Builds a graph for every perturbed copy of every image: only where it is named."""
 
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
     for name in masks:
         data.attribute(name)  # refuses what is not there before anything is computed
     effort = Effort(images=args.images, masks=masks)
-    compared = compare_explainers(model, data, target, methods, effort, args.seed, thresholds=limits)
+    controls = controls_of(model, load, {key: getattr(args, key) for key in CONTROLS})
+    compared = compare_explainers(model, data, target, methods, effort, args.seed, None, limits, controls)
     command = _command(args)
     table = write_folder(compared, data, out, args.seed, round(time.perf_counter() - started, 2), command)
     refused = [f"{name}: {why}" for name, why in compared.made.refused.items()]
@@ -53,7 +56,7 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
 def _command(args: argparse.Namespace) -> str:
     """What to type for the same table."""
     parts = ["mechinterp", "iq", args.model, "--seed", str(args.seed), "--images", str(args.images)]
-    for option in ("data", "target", "methods", "masks", "thresholds"):
+    for option in ("data", "target", "methods", "masks", "thresholds", *CONTROLS):
         value = getattr(args, option)
         parts += [f"--{option}", str(value)] if value else []
     return shlex.join(parts)

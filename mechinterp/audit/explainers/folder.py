@@ -26,14 +26,18 @@ SHOWN = (
     ("randomisation", "weights"),
     ("prompt_randomisation", "prompt"),
 )
+BESIDE = (("label_randomisation", "labels"), ("repeatability", "again"), ("reproducibility", "other"))
+"""Columns of checks against other models, shown where there is one."""
 EXPLAINED = """R: correlation of a patch's attribution with the output over small perturbations (by chance: R_floor in
 iq.json); high is bad, but exact explanations can have it too. F: agreement with the effects of removing patches, by a
 filling that no method used. IS = ((R^2 + (1 - F)^2) / 2)^(1/2); never read it without R and F: (1, 1) and (0, 0) tie.
 IS (zero) counts patches whose attribution never moves as R = 0. R_null: reliance on the output at patches without
 effect. R_excess: reliance beyond that of the true effects. curves: insertion minus deletion by blurring, 0 a random
 order, 1 the order of the true effects. AUPRC: against the target's mask. weights, prompt:
-similarity of the map after the vision tower's weights, or the prompt, were replaced; "=" marks a map that stayed as
-alike as maps of other patients are, which is a failure. R, F and IS are those of iq-reading-1, not the paper's."""
+similarity of the map after the vision tower's weights, or the prompt, were replaced; labels: to the map of a model
+trained on permuted labels. "=" marks a map that stayed as alike as maps of other patients are, which is a failure.
+again, other: similarity to the map of the same trained again, or of another architecture; "≠" marks a map that did not
+come back, which may be the models' doing as well. R, F and IS are those of iq-reading-1, not the paper's."""
 GRADED = """The grade is that of the worst piece of evidence (F, curves, R_excess, weights, prompt), each at the end of
 its 95 % interval that speaks against the method; a piece that was not decided makes it NOT GRADED. The thresholds are
 conventions (`mechinterp.metrics.grades.Thresholds`; `--thresholds FILE` sets others): no study ties them to any
@@ -64,11 +68,12 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table: the explainers by F, then the anchors."""
     ranked = sorted(rows, key=lambda r: (r["anchor"], -(r["F"] if r["F"] is not None else -1)))
     masses = sorted({key for row in rows for key in row if key.startswith("mass ")})
-    header = ["method", *(title for _, title in SHOWN), *(f"{m} (1: chance)" for m in masses), "seconds"]
+    shown = [*SHOWN, *(c for c in BESIDE if any(row.get(c[0]) is not None for row in rows))]
+    header = ["method", *(title for _, title in shown), *(f"{m} (1: chance)" for m in masses), "seconds"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in ranked:
         name = f"*{row['method']}* (anchor)" if row["anchor"] else row["method"]
-        cells = [name, *(_cell(row, key) for key, _ in SHOWN), *(_cell(row, m) for m in masses)]
+        cells = [name, *(_cell(row, key) for key, _ in shown), *(_cell(row, m) for m in masses)]
         lines.append("| " + " | ".join([*cells, f"{row['seconds']:.3f}"]) + " |")
     return "\n".join(lines)
 
@@ -88,5 +93,6 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
     value, interval = row.get(key), row["ci95"].get(key)
     if value is None:
         return "not tested"
-    failed = " =" if row.get(f"{key}_verdict") == "fail" else ""
+    mark = " ≠" if key in ("repeatability", "reproducibility") else " ="
+    failed = mark if row.get(f"{key}_verdict") == "fail" else ""
     return f"{value:.2f}{failed}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")

@@ -10,6 +10,7 @@ import numpy as np
 
 from mechinterp.audit.explainers.checks import checked, located
 from mechinterp.audit.explainers.compare import Comparison, Effort, compare
+from mechinterp.audit.explainers.controls import Controls
 from mechinterp.audit.explainers.grading import curve_share, grade_fields, graded
 from mechinterp.audit.explainers.records import explainer_rows
 from mechinterp.data import ImageData
@@ -77,15 +78,17 @@ def compare_explainers(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     thresholds: Thresholds | None = None,
+    controls: Controls | None = None,
 ) -> Compared:
     """IQ, localisation, sanity checks and a grade of each method; the same for the same images, draws and seed.
 
-    No method's numbers depend on which others are measured beside it. `thresholds`: of the grades.
+    No method's numbers depend on which others are measured beside it. `thresholds`: of the grades. `controls`: other
+    models that maps are held beside.
     """
     made = compare(model, data, target, methods, effort, seed, rows)
     others = {n: t for n, t in data.targets.items() if n != target.name}
     others = {name: others[name] for name in list(others)[:OTHERS]}
-    checks = checked(made, data, others, seed)
+    checks = checked(made, data, others, seed, controls)
     found = explainer_rows(made, located(made, seed), checks, seed)
     for row in found:
         curves = curve_share(made, made.judged[row["method"]], seed)

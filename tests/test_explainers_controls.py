@@ -1,0 +1,108 @@
+"""Maps held beside those of other models: the same model, one that knows nothing, one trained again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mechinterp.audit.explainers import Comparison, Effort, compare, methods_of
+from mechinterp.audit.explainers.checks import check_fields, checked
+from mechinterp.audit.explainers.controls import Controls, controls_of
+from mechinterp.audit.explainers.folder import BESIDE, table_of
+from mechinterp.audit.explainers.records import explainer_rows
+from mechinterp.data import open_data
+from mechinterp.errors import UsageError
+from mechinterp.metrics.sanity import randomising, stages
+from mechinterp.models import HookedVLM
+from tests.audit_toys import trained_clip, write_cohort
+
+METHODS = ("occlusion", "edges")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained_clip(0.9)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return open_data(write_cohort(tmp_path_factory.mktemp("controls") / "data", n=160))
+
+
+@pytest.fixture(scope="module")
+def made(model, data) -> Comparison:
+    return compare(model, data, data.targets["finding"], methods_of(METHODS), Effort(images=12, draws=3))
+
+
+def fields_beside(made, data, controls):
+    return {name: check_fields(of) for name, of in checked(made, data, None, 0, controls).items()}
+
+
+def test_the_same_model_comes_back_and_does_not_pass_as_trained_on_other_labels(made, data, model):
+    found = fields_beside(made, data, Controls(permuted=model, again=model, other=model))
+    for name in METHODS:
+        assert found[name]["label_randomisation"] == pytest.approx(1)
+        assert found[name]["label_randomisation_verdict"] == "fail"
+    for key in ("repeatability", "reproducibility"):
+        assert found["occlusion"][key] == pytest.approx(1) and found["occlusion"][f"{key}_verdict"] == "pass"
+
+
+def test_a_model_that_knows_nothing_is_told_from_it_by_what_asks_the_model_alone(made, data, model):
+    blank = trained_clip(0.0)
+    with randomising(blank, seed=5) as weights:
+        for stage in stages(blank, "vision"):
+            weights.randomise(stage)
+        found = fields_beside(made, data, Controls(permuted=blank, again=blank))
+    assert found["edges"]["label_randomisation"] == pytest.approx(1), "an edge detector never asks the model"
+    assert found["edges"]["label_randomisation_verdict"] == "fail"
+    assert found["occlusion"]["label_randomisation"] < found["occlusion"]["label_randomisation_baseline"]
+    assert found["occlusion"]["repeatability_verdict"] != "pass"
+
+
+def test_without_other_models_it_is_not_tested_and_not_shown(made, data, model):
+    without = checked(made, data, None, 0)
+    rows = explainer_rows(made, None, without)
+    for row in rows:
+        for field, title in BESIDE:
+            assert row[field] is None and row[f"{field}_verdict"] == "not tested"
+            assert f" {title} |" not in table_of(rows)
+    with_one = explainer_rows(made, None, checked(made, data, None, 0, Controls(permuted=model)))
+    header, _, *lines = table_of(with_one).splitlines()
+    assert " labels |" in header and " again |" not in header
+    assert all("1.00 =" in line for line in lines)
+    assert all(row["ci95"]["label_randomisation"] == pytest.approx([1, 1]) for row in with_one)
+
+
+def test_a_method_of_one_model_is_not_asked_about_another(made, data, model):
+    judged = dict(made.judged)
+    own = replace(judged["occlusion"].method, name="own", built_from="latent", needs="model")
+    bound = replace(made, judged={"own": replace(judged["occlusion"], method=own)})
+    assert set(checked(bound, data, None, 0, Controls(permuted=model))["own"]) == {"weights", "nonsense"}
+
+
+def test_controls_are_those_named_else_those_of_the_models_own_record(monkeypatch, model):
+    models = {"me": model, "a": trained_clip(0.0), "b": trained_clip(0.0, steps=2)}
+    record: dict[str, object] = {"controls": {"permuted": "a", "other": "a"}}
+    monkeypatch.setattr("mechinterp.audit.explainers.controls.training_record", lambda model: record)
+    found = controls_of(model, models.__getitem__, {"other": "b", "again": None})
+    assert (found.permuted, found.again, found.other) == (models["a"], None, models["b"])
+    with pytest.raises(UsageError, match="--again me: is the model itself"):
+        controls_of(model, models.__getitem__, {"again": "me"})
+    record["controls"] = "nonsense"
+    assert vars(controls_of(model, models.__getitem__)) == {"permuted": None, "again": None, "other": None}
+
+
+def test_the_models_that_ship_name_their_controls():
+    model = HookedVLM.from_pretrained("phantom-clip")
+    found = controls_of(model, HookedVLM.from_pretrained)
+    assert {k: m.label for k, m in vars(found).items()} == {
+        "permuted": "phantom-clip-permuted",
+        "again": "phantom-clip-again",
+        "other": "phantom-llava",
+    }
+    for name in ("phantom-clip-permuted", "phantom-clip-again"):
+        other = HookedVLM.from_pretrained(name)
+        assert [p.shape for p in other.hf.parameters()] == [p.shape for p in model.hf.parameters()]
+        assert not any(torch.equal(a, b) for a, b in zip(other.hf.parameters(), model.hf.parameters(), strict=True))
