@@ -31,6 +31,8 @@ NAME = "sae"
 SIZES, K, BATCH, EXPANSION = (128, 256, 768), 32, 4096, 16
 KINDS = {"topk": TopKConfig, "batchtopk": BatchTopKConfig, "matryoshka": MatryoshkaConfig}
 LEARNING_RATE = 1e-3
+QUALITY = ((128, 3), (256, 3), (768, 1))
+"""Sizes at which quality is held beside the other packages', and seeds: the others take minutes a run at 768."""
 UNSCALED = "sae-lens fp32, largest without decoder norms"
 
 
@@ -73,13 +75,21 @@ def run_peers() -> Iterator[list[Row]]:
 
 
 def run_quality() -> Iterator[list[Row]]:
-    """Held-out quality of TopK beside the other packages, three seeds: `python -m benchmarks.bench_sae quality`.
+    """Held-out quality of TopK beside the other packages: `python -m benchmarks.bench_sae quality`.
 
-    Each starts as it likes; batches, rate and schedule are the same. About 4 CPU minutes.
+    Each starts as it likes; batches, rate and schedule are the same. About 25 CPU minutes. Yields the rows so far after
+    each size.
     """
-    d, steps, rows, found = 128, 200, 1024, {}
+    lines: list[Row] = []
+    for d, seeds in QUALITY:
+        lines += _beside_others(d, seeds)
+        yield lines
+
+
+def _beside_others(d: int, seeds: int, steps: int = 200, rows: int = 1024) -> list[Row]:
+    found: dict[str, list[dict[str, float]]] = {}
     held_out = torch.cat([next(structured(d, seed=777)) for _ in range(2)])
-    for seed in range(3):
+    for seed in range(seeds):
         batches = list(islice(structured(d, seed, rows), steps))
         for name, start in (("ours", "fitted"), ("ours from sae-lens's start", "sae-lens")):
             ours = Trainer(replace(_config("topk", d, rows), start=start), d, batches[0].mean(0), steps, seed)
@@ -94,12 +104,16 @@ def run_quality() -> Iterator[list[Row]]:
         for name in ("R2", "L0", "dead"):
             pairs = [(mine[name], other[name]) for mine, other in zip(found["ours"], theirs, strict=True)]
             a, b = (statistics.mean(values) for values in zip(*pairs, strict=True))
-            case = f"topk d={d}, {steps} steps of {rows}, {len(pairs)} seeds: held-out {name}"
+            case = f"topk d={d}, {steps} steps of {rows}, {_counted(len(pairs))}: held-out {name}"
             worst = max(abs(one - other) for one, other in pairs)
             ratio = (b / a if name == "dead" else a / b) if a and b else 1.0  # none dead has no ratio
             if package != "ours":
                 lines.append(Row(case, a, b, package, "1", ratio, worst))
-    yield lines
+    return lines
+
+
+def _counted(seeds: int) -> str:
+    return f"{seeds} seed{'s' * (seeds > 1)}"
 
 
 def structured(d: int, seed: int, rows: int = BATCH) -> Iterator[Tensor]:

@@ -36,10 +36,12 @@ def own_methods(
     found = {}
     if placed is not None and placed.reads.tower == "vision":
         explain = partial(sae_maps, model=model, placed=placed)
-        found["sae_maps"] = Method("sae_maps", explain, "latent", frozenset({"patch"}), needs="model")
+        found["sae_maps"] = Method("sae_maps", explain, "latent", frozenset({"patch"}), needs="model", bound=True)
     if transcoders:
         explain = partial(graph_patches, model=model, transcoders=transcoders)
-        found["graph_patches"] = Method("graph_patches", explain, "graph", frozenset({"patch"}), needs="model")
+        found["graph_patches"] = Method(
+            "graph_patches", explain, "graph", frozenset({"patch"}), needs="model", bound=True
+        )
     return found
 
 

@@ -27,6 +27,7 @@ class Method:
         anchor: no explanation, but a fixed point of a scale.
         stochastic: whether two generators give two answers.
         needs: what of a question it reads beside its function: nothing, the model, or the model or inner features.
+        bound: made with one model's features, so that it explains no other model.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Method:
     anchor: bool = False
     stochastic: bool = False
     needs: Literal["nothing", "model", "features"] = "nothing"
+    bound: bool = False
 
 
 def applies(method: Method, question: Question) -> bool:

@@ -102,7 +102,7 @@ FIELDS = {
 def _beside(maps: Maps, made: Comparison, judged: Judged, controls: Controls) -> dict[str, Check]:
     """Checks against other models, where the method explains them too."""
     found: dict[str, Check] = {}
-    if judged.method.needs == "model":  # made with this model's own features: it explains no other
+    if judged.method.bound:
         return found
     for key, model in vars(controls).items():
         if model is None or not applies(judged.method, maps.ask(model, made.target)):
