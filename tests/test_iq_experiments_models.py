@@ -14,7 +14,7 @@ from mechinterp.audit.explainers import Compared, Comparison
 from mechinterp.errors import UsageError
 from mechinterp.experiments import run_experiment
 from mechinterp.experiments.iq_multimodal import separate_rbp
-from mechinterp.experiments.iq_sanity import memorised
+from mechinterp.experiments.iq_sanity import Likeness, memorised, pooled
 from mechinterp.experiments.iq_study import Study
 from mechinterp.experiments.main_report import Found, shortcut_claims
 from mechinterp.explain.question import Part, Question
@@ -48,7 +48,8 @@ def quick(tmp_path_factory):
 def test_maps_that_no_model_made_are_the_same_for_every_network(quick):
     """Edges and noise of one seed do not know the network: they fail where maps must change and pass where not."""
     result, _, table = quick("iq-sanity")
-    found = {(row.of["explainer"], row.of["other"]): (row.value, row.of["verdict"]) for row in result.rows}
+    toys = [row for row in result.rows if "model" not in row.of]
+    found = {(row.of["explainer"], row.of["other"]): (row.value, row.of["verdict"]) for row in toys}
     for other, verdict in (
         ("random weights", "fail"),
         ("permuted labels", "fail"),
@@ -60,6 +61,35 @@ def test_maps_that_no_model_made_are_the_same_for_every_network(quick):
     assert "*random*" in table and "1.00 [1.00, 1.00] fails" in table
     own = [value for (method, other), (value, _) in found.items() if method == "lime" and other == "random weights"]
     assert own[0] < 0.9
+
+
+def test_a_medical_model_is_held_beside_its_controls(quick):
+    """Noise of one seed and edges know no model; findings together are the mean of the findings."""
+    result, _, table = quick("iq-sanity")
+    rows = [row for row in result.rows if row.of.get("model") == "phantom-clip"]
+    by = {(row.of["finding"], row.of["explainer"], row.of["other"]): row for row in rows}
+    kinds = ("random weights", "permuted labels", "trained again", "other architecture")
+    for method in ("edges", "random"):
+        for kind, verdict in zip(kinds, ("fail", "fail", "pass", "pass"), strict=True):
+            row = by["all findings", method, kind]
+            assert (row.value, row.of["verdict"]) == (pytest.approx(1), verdict)
+    for kind in kinds:
+        one, together = (
+            by["consolidation", "gradient_times_input", kind],
+            by["all findings", "gradient_times_input", kind],
+        )
+        assert one.value == together.value < 0.9 and one.of["baseline"] == together.of["baseline"]
+    claims = [claim for claim in result.claims if "of phantom-clip" in claim.claim]
+    assert len(claims) == 4 and all("of 1 do" in claim.evidence for claim in claims), "anchors are not counted"
+    assert "phantom-clip, all findings" in table
+
+
+def test_findings_are_held_together_by_image():
+    one = Likeness(np.array([0.1, 0.3]), 0.2, ("a", "b"))
+    other = Likeness(np.array([0.8]), 0.5, ("a",))
+    together = pooled([one, other])
+    assert together.values.tolist() == [0.1, 0.3, 0.8] and together.patients == ("a", "b", "a")
+    assert together.baseline == pytest.approx(0.35)
 
 
 def test_coin_flips_are_learnt_by_heart_and_by_nothing_else():

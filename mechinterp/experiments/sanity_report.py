@@ -11,12 +11,13 @@ from mechinterp.experiments.result import Claim, Result, Row, Table
 from mechinterp.explain.methods import ELEMENT_METHODS
 from mechinterp.metrics.sanity import Check
 
-__all__ = ["DIFFERENT", "SAME", "report"]
+__all__ = ["ALL", "DIFFERENT", "SAME", "report"]
 
 DIFFERENT = ("random weights", "permuted labels")
 """Where the map must change."""
 SAME = ("trained again", "other architecture")
 """Where it should stay."""
+ALL = "all findings"
 WORDS = {
     "random weights": "changes when the weights are random",
     "permuted labels": "changes when labels were permuted in training",
@@ -28,31 +29,23 @@ MARK = {"pass": "", "fail": " fails", "not tested": " ?"}
 Checks = Mapping[str, Mapping[str, Check]]
 
 
-def report(toys: Checks, phantoms: Checks, skills: Mapping[str, Sequence[float]], models: Sequence[str]) -> Result:
-    """Rows, claims, tables and the figure. `toys`: by method and kind; `phantoms`: by finding and method."""
+def report(toys: Checks, phantoms: Mapping[str, Checks], skills: Mapping[str, Sequence[float]], model: str) -> Result:
+    """Rows, claims, tables and the figure. Checks by method and kind: of `toys`, and of `model` by finding."""
     rows = [_row(check, {"explainer": m, "other": kind}) for m, by in toys.items() for kind, check in by.items()]
     rows += [
-        _row(check, {"explainer": m, "other": f"{models[1]} for {models[0]}", "finding": finding})
-        for finding, by in phantoms.items()
-        for m, check in by.items()
+        _row(check, {"explainer": m, "other": kind, "finding": finding, "model": model})
+        for finding, by_method in phantoms.items()
+        for m, by in by_method.items()
+        for kind, check in by.items()
     ]
     claims = [_claim(WORDS[kind], {m: by[kind] for m, by in toys.items()}) for kind in (*DIFFERENT, *SAME)]
-    for finding, by in phantoms.items():
-        claims.append(_claim(f"for {finding} in {models[0]} comes back in {models[1]}", by))
     kinds = (*DIFFERENT, *SAME)
-    lines = tuple(
-        (_named(m), f"{next(iter(by.values())).baseline:.2f}", *(_cell(by[kind]) for kind in kinds))
-        for m, by in toys.items()
-    )
-    tables = [Table("Networks on shapes: likeness to the trained network's map",
-                    ("explainer", "maps of different images", *kinds), lines)]  # fmt: skip
     if phantoms:
-        methods = list(next(iter(phantoms.values())))
-        lines = tuple(
-            (_named(m), *(f"{_cell(by[m])}; {by[m].baseline:.2f}" for by in phantoms.values())) for m in methods
-        )
-        tables.append(Table(f"{models[0]} against {models[1]}: likeness; that of maps of different patients",
-                            ("explainer", *phantoms), lines))  # fmt: skip
+        claims += [
+            _claim(f"of {model} {WORDS[kind]}", {m: by[kind] for m, by in phantoms[ALL].items()}) for kind in kinds
+        ]
+    tables = [_table("Networks on shapes: likeness to the trained network's map", toys)]
+    tables += [_table(f"{model}, {finding}: likeness to its map", by) for finding, by in phantoms.items()]
     notes = [
         "Likeness is the rank correlation of the maps' sizes, mean [95 % interval over networks, or over patients]; "
         "? : the interval holds the likeness of maps of different images, so nothing is decided.",
@@ -61,7 +54,17 @@ def report(toys: Checks, phantoms: Checks, skills: Mapping[str, Sequence[float]]
         + "; ".join(f"{kind or 'trained'} {min(v):.2f} to {max(v):.2f}" for kind, v in skills.items())
         + ".",
     ]
-    return Result(rows, claims, tables, _figure(toys), notes)
+    drawn = {"networks on shapes": toys} | ({f"{model}, {ALL}": phantoms[ALL]} if phantoms else {})
+    return Result(rows, claims, tables, _figure(drawn), notes)
+
+
+def _table(title: str, checks: Checks) -> Table:
+    kinds = (*DIFFERENT, *SAME)
+    lines = tuple(
+        (_named(m), f"{next(iter(by.values())).baseline:.2f}", *(_cell(by[kind]) for kind in kinds))
+        for m, by in checks.items()
+    )
+    return Table(title, ("explainer", "maps of different images", *kinds), lines)
 
 
 def _row(check: Check, of: dict[str, str]) -> Row:
@@ -88,22 +91,29 @@ def _claim(words: str, checks: Mapping[str, Check]) -> Claim:
     return Claim(f"every explainer's map {words}", len(by["pass"]) == len(real), evidence)
 
 
-def _figure(toys: Checks) -> bytes:
-    """Likeness less that of maps of different images: left of 0 is another map, right of it the same."""
-    names = sorted(toys, key=lambda m: (not ELEMENT_METHODS[m].anchor, m), reverse=False)
+def _figure(drawn: Mapping[str, Checks]) -> bytes:
+    """Likeness less that of maps of different images, a row each: left of 0 is another map, right of it the same."""
+    names = sorted({m for checks in drawn.values() for m in checks}, key=lambda m: (not ELEMENT_METHODS[m].anchor, m))
     kinds = (*DIFFERENT, *SAME)
-    figure, axes = canvas(1, len(kinds), 2.9 * len(kinds), 0.24 * len(names) + 1.3, sharey=True)
-    for ax, kind in zip(axes[0], kinds, strict=True):
-        axes_of(ax, kind, "likeness, less that of other images", "")
-        ax.axvline(0, color=GREY, linewidth=0.8)
-        for y, method in enumerate(names):
-            check = toys[method][kind]
-            colour = GREY if ELEMENT_METHODS[method].anchor else COLOURS[{"pass": 2, "fail": 1}.get(check.verdict, 0)]
-            ax.plot(np.array(check.ci95) - check.baseline, [y, y], color=colour, linewidth=1.2)
-            ax.plot(check.value - check.baseline, y, "o", color=colour, markersize=4)
-        ax.set_xlim(-1.05, 1.05)
-    axes[0, 0].set_yticks(range(len(names)), [m.replace("_", " ") for m in names])
+    high = len(drawn) * (0.24 * len(names) + 1.0) + 0.3
+    figure, axes = canvas(len(drawn), len(kinds), 2.9 * len(kinds), high, sharey=True)
+    for line, (title, checks) in zip(axes, drawn.items(), strict=True):
+        for ax, kind in zip(line, kinds, strict=True):
+            axes_of(ax, kind, "likeness, less that of other images", "")
+            ax.axvline(0, color=GREY, linewidth=0.8)
+            for y, method in enumerate(names):
+                if method not in checks:
+                    continue
+                check = checks[method][kind]
+                by_verdict = COLOURS[{"pass": 2, "fail": 1}.get(check.verdict, 0)]
+                colour = GREY if ELEMENT_METHODS[method].anchor else by_verdict
+                ax.plot(np.array(check.ci95) - check.baseline, [y, y], color=colour, linewidth=1.2)
+                ax.plot(check.value - check.baseline, y, "o", color=colour, markersize=4)
+            ax.set_xlim(-1.05, 1.05)
+        line[0].set_yticks(range(len(names)), [m.replace("_", " ") for m in names])
+        line[0].set_ylabel(title, fontsize=8)
     figure.suptitle(
-        "must lie left in the first two, right in the others (green: it does; anchors grey)", fontsize=8, color=GREY
-    )
+        "must lie left in the first two columns, right in the others (green: it does; orange: it does not; "
+        "blue: undecided; anchors grey)", fontsize=8, color=GREY,
+    )  # fmt: skip
     return png(figure)
