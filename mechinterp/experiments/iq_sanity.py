@@ -225,7 +225,7 @@ def _phantoms(
             for kind in (*DIFFERENT, *SAME):
                 values = SIMILARITIES[SIMILARITY](mine, others[kind])
                 found.setdefault(finding, {}).setdefault(name, {})[kind] = Likeness(values, chance, patients)
-    pooled = {
+    together = {
         name: {kind: pooled([found[finding][name][kind] for finding in findings]) for kind in (*DIFFERENT, *SAME)}
         for name in found[findings[0]]
     }
@@ -234,7 +234,7 @@ def _phantoms(
             name: {kind: _verdict(kind, likeness) for kind, likeness in by_kind.items()}
             for name, by_kind in by_method.items()
         }
-        for finding, by_method in {**found, ALL: pooled}.items()
+        for finding, by_method in {**found, ALL: together}.items()
     }
 
 
