@@ -150,7 +150,7 @@ def _questions(command: Command) -> None:
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA", help=f"data folder (default: a phantom of {DEFAULT_IMAGES} images)")
     sub.add_argument("--target", help="target in dataset.json (default: the one the model's card names)")
-    sub.add_argument("--methods", metavar="A,B", help="default: all that apply and need no graph")
+    sub.add_argument("--methods", metavar="A,B", help="default: all that apply")
     sub.add_argument("--masks", metavar="A,B", help="attributes whose masks maps are held beside, such as a shortcut's")
     sub.add_argument("--images", type=int, default=6, metavar="N", help="test images, one a patient (default 6)")
     sub.add_argument("--thresholds", type=Path, metavar="FILE", help="JSON: thresholds of the grades other than ours")

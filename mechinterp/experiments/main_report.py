@@ -132,11 +132,12 @@ def _claims(name: str, compared: Compared) -> list[Claim]:
         claims.append(Claim(f"{name}: every explainer is more faithful than random maps", len(better) == len(gains),
                             f"{len(better)} of {len(gains)} are{power}: {said}"))  # fmt: skip
     for key, words in CLAIMS.items():
-        if key in TITLES and all(r.get(key) is None for r in real):
+        asked = [r for r in real if key not in TITLES or r.get(key) is not None]
+        if not asked:
             continue  # the model has no such control
-        failed = [r["method"] for r in real if r[f"{key}_verdict"] == "fail"]
-        open_ = [r["method"] for r in real if r[f"{key}_verdict"] == "not tested"]
-        evidence = f"fail: {', '.join(failed) or 'none'}; undecided: {', '.join(open_) or 'none'} (of {len(real)})"
+        failed = [r["method"] for r in asked if r[f"{key}_verdict"] == "fail"]
+        open_ = [r["method"] for r in asked if r[f"{key}_verdict"] == "not tested"]
+        evidence = f"fail: {', '.join(failed) or 'none'}; undecided: {', '.join(open_) or 'none'} (of {len(asked)})"
         claims.append(Claim(f"{name}: every explainer's map {words}", not failed and not open_, evidence))
     return claims
 

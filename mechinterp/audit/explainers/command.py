@@ -26,8 +26,6 @@ from mechinterp.types import Target
 __all__ = ["run"]
 
 CONTROLS = ("permuted", "again", "other")
-SLOW = ("graph_patches",)
-"""Builds a graph for every perturbed copy of every image: only where it is named."""
 
 
 def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageData, out: Path) -> str:
@@ -63,11 +61,11 @@ def _command(args: argparse.Namespace) -> str:
 
 
 def _methods(model: HookedVLM, data: ImageData, target: Target, named: list[str], seed: int) -> dict[str, Method]:
-    """The named methods, or all that need no graph; dictionary and transcoders are found only where one is needed."""
+    """The named methods, or all; dictionary and transcoders are found only where one is needed."""
     known = dict(ELEMENT_METHODS)
     if not named or set(named) - set(known):
         placed, _ = dictionary_of(model, data, seed)
         own = own_methods(model, placed, transcoders_of(model))
         known |= own
-        return methods_of(named or [name for name in known if name not in SLOW], own)
+        return methods_of(named or list(known), own)
     return methods_of(named)
