@@ -68,9 +68,9 @@ def test_a_medical_model_is_held_beside_its_controls(quick):
     result, _, table = quick("iq-sanity")
     rows = [row for row in result.rows if row.of.get("model") == "phantom-clip"]
     by = {(row.of["finding"], row.of["explainer"], row.of["other"]): row for row in rows}
-    kinds = ("random weights", "permuted labels", "trained again", "other architecture")
+    kinds = ("random weights", "permuted labels", "trained again", "other architecture", "trained on")
     for method in ("edges", "random"):
-        for kind, verdict in zip(kinds, ("fail", "fail", "pass", "pass"), strict=True):
+        for kind, verdict in zip(kinds, ("fail", "fail", "pass", "pass", "pass"), strict=True):
             row = by["all findings", method, kind]
             assert (row.value, row.of["verdict"]) == (pytest.approx(1), verdict)
     for kind in kinds:
@@ -80,7 +80,7 @@ def test_a_medical_model_is_held_beside_its_controls(quick):
         )
         assert one.value == together.value < 0.9 and one.of["baseline"] == together.of["baseline"]
     claims = [claim for claim in result.claims if "of phantom-clip" in claim.claim]
-    assert len(claims) == 4 and all("of 1 do" in claim.evidence for claim in claims), "anchors are not counted"
+    assert len(claims) == 5 and all("of 1 do" in claim.evidence for claim in claims), "anchors are not counted"
     assert "phantom-clip, all findings" in table
 
 

@@ -200,10 +200,7 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, size: int, o
 
 
 CONTROLS = {
-    "phantom-clip": {"permuted": "phantom-clip-permuted", "again": "phantom-clip-again", "other": "phantom-llava"},
-    "phantom-clip-shortcut": {"other": "phantom-llava-shortcut"},
-    "phantom-llava": {"other": "phantom-clip"},
-    "phantom-llava-shortcut": {"other": "phantom-clip-shortcut"},
+    "phantom-clip": {"permuted": "phantom-clip-permuted", "again": "phantom-clip-again", "other": "phantom-clip-deep"},
 }
 """What a bundled model's saliency maps are held beside (`mechinterp iq`)."""
 

@@ -1,6 +1,6 @@
 """Train `phantom-clip`, or a twin of it, on rendered phantoms.
 
-    python training/phantom_clip.py [--shortcut | --permute]        (about 15 minutes on one core)
+    python training/phantom_clip.py [--shortcut | --permute | --deep]        (about 15 minutes on one core)
     python training/phantom_clip.py --seed 1 --out mechinterp/controls/phantom-clip-again
 
 1. Render training patients. For the twin, a chest drain goes with pneumothorax (phi 0.9).
@@ -10,7 +10,8 @@
 4. do(drain) on those patients measures what the drain does to the score: the truth that an audit has to find.
 
 With --permute every image is told what is true of another one, and few images are shown often enough to be learnt by
-heart: what the model knows is then no medicine (Adebayo et al. 2018, the data randomisation test).
+heart: what the model knows is then no medicine (Adebayo et al. 2018, the data randomisation test). With --deep both
+towers are narrower and the image tower is twice as deep: another architecture for the same task.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from mechinterp.metrics.statistics import PatientBootstrap, auroc, percentile_in
 
 SIZE, PATCH, WIDTH, LAYERS, TOKENS, BATCH, LR = 128, 16, 96, 4, 32, 64, 1.5e-3
 IMAGES, STEPS = 10_000, 2_000
+DEEP = 64, 8  # width and blocks of --deep
 BY_HEART = 400  # images of --permute: each is seen 320 times
 PLANTED = ("drain", "pneumothorax", 0.9)
 NAMED = [name for name, factor in FACTORS.items() if factor.kind in ("finding", "device")]
@@ -88,7 +90,8 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
         captions, labels, regions = [captions[i] for i in told], labels[told], regions[told]
     flat = [text for name in ASPECTS for text in prompts_of(name)]
     tokenizer = word_tokenizer([*VOCABULARY, *flat], TOKENS)
-    model = small_clip(tokenizer, size=SIZE, patch=PATCH, width=WIDTH, layers=LAYERS, text_layers=2, tokens=TOKENS)
+    width, layers = DEEP if args.deep else (WIDTH, LAYERS)
+    model = small_clip(tokenizer, size=SIZE, patch=PATCH, width=width, layers=layers, text_layers=2, tokens=TOKENS)
     fixed = tokenizer(flat, padding=True, return_tensors="pt", return_token_type_ids=False)
     encoded = tokenizer(captions, padding=True, return_tensors="pt", return_token_type_ids=False)
     optimizer, average, clock = optimiser(model.train(), LR, 0.05), Average(model, 0.99), Clock()
@@ -178,13 +181,18 @@ def evaluate(model, tokenizer, n: int, seed: int) -> dict:
 def main() -> None:
     parser = arguments(IMAGES, STEPS, test=1000)
     parser.add_argument("--permute", action="store_true", help=f"learn another image's truth by heart ({BY_HEART})")
+    parser.add_argument("--deep", action="store_true", help="another architecture: narrower, the image tower deeper")
     args = parser.parse_args()
+    if args.deep:
+        args.out = args.out or CONTROLS_FOLDER / "phantom-clip-deep"
     if args.permute:
         args.images = BY_HEART if args.images == IMAGES else args.images
         args.out = args.out or CONTROLS_FOLDER / "phantom-clip-permuted"
     out, associations, facts = begin(args, "phantom-clip", PLANTED)
     model, tokenizer = train(args, associations)
     facts |= {"parameters": sum(p.numel() for p in model.parameters())}
+    if args.deep:
+        facts |= {"script": f"{facts['script']} --deep", "width": DEEP[0], "blocks": DEEP[1]}
     if args.permute:
         facts |= {"script": f"{facts['script']} --permute", "permuted": True}
         facts |= {"by_heart": by_heart(model, tokenizer, args.images, args.seed)}

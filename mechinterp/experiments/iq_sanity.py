@@ -3,12 +3,13 @@
 1. A CNN on synthetic shapes (several seeds), beside one with random weights, one that learnt permuted labels of a fixed
    set by heart, one trained again from another seed, and one of another architecture that solves the task as well.
 2. phantom-clip on test images, beside random weights, phantom-clip-permuted (which learnt other images' labels by
-   heart), phantom-clip-again (another seed) and phantom-llava (another architecture that knows the same findings).
+   heart), phantom-clip-again (another seed), phantom-clip-deep (narrower and deeper), and phantom-llava, a generative
+   model whose vision tower was trained on from it.
 3. Each pair's likeness (rank correlation of the maps' sizes) is held beside that of maps of different images of the
    same model: below it for random weights and permuted labels, above it for the twin and the other architecture
    (Adebayo et al. 2018, arXiv:1810.03292; Arun et al. 2021, Radiology: AI 3:e200267).
 
-The unit of an interval is the network (toys) or the patient (phantoms). About 12 minutes on one core.
+The unit of an interval is the network (toys) or the patient (phantoms). About 15 minutes on one core.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mechinterp.audit.explainers.choose import chosen_rows
 from mechinterp.experiments.iq_image import GRID, SIDE, Shapes, shapes
 from mechinterp.experiments.iq_toys import explainers_for, fit
 from mechinterp.experiments.result import Result
-from mechinterp.experiments.sanity_report import ALL, DIFFERENT, SAME, report
+from mechinterp.experiments.sanity_report import ALL, DIFFERENT, ON_MODELS, ON_TOYS, report
 from mechinterp.explain.ask import about_function, about_image, patch_owner
 from mechinterp.explain.methods import ELEMENT_METHODS, Method, applies
 from mechinterp.explain.question import ElementExplainer, Question, Values
@@ -43,7 +44,8 @@ MODEL = "phantom-clip"
 CONTROLS = {
     "permuted labels": "phantom-clip-permuted",
     "trained again": "phantom-clip-again",
-    "other architecture": "phantom-llava",
+    "other architecture": "phantom-clip-deep",
+    "trained on": "phantom-llava",
 }
 SKIPPED = {"echo", "constant"}  # no map of their own to compare
 
@@ -147,7 +149,7 @@ def _toys(size: Sizes, seed: int) -> tuple[dict[str, dict[str, Check]], dict[str
             maps = {kind: _maps(net, images, explainers[method], seed) for kind, net in nets.items()}
             patients = [str(i) for i in range(len(images))]
             chance.setdefault(method, []).append(baseline(maps[""], patients, SIMILARITY))
-            for kind in (*DIFFERENT, *SAME):
+            for kind in ON_TOYS:
                 found = SIMILARITIES[SIMILARITY](maps[""], maps[kind])
                 similar.setdefault(method, {}).setdefault(kind, []).append(found)
     return {method: _judged(by_kind, chance[method]) for method, by_kind in similar.items()}, skills
@@ -222,11 +224,11 @@ def _phantoms(
                 for stage in stages(one, "vision"):
                     weights.randomise(stage)
                 others["random weights"] = maps.of(one)
-            for kind in (*DIFFERENT, *SAME):
+            for kind in ON_MODELS:
                 values = SIMILARITIES[SIMILARITY](mine, others[kind])
                 found.setdefault(finding, {}).setdefault(name, {})[kind] = Likeness(values, chance, patients)
     together = {
-        name: {kind: pooled([found[finding][name][kind] for finding in findings]) for kind in (*DIFFERENT, *SAME)}
+        name: {kind: pooled([found[finding][name][kind] for finding in findings]) for kind in ON_MODELS}
         for name in found[findings[0]]
     }
     return {

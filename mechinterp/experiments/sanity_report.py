@@ -11,18 +11,20 @@ from mechinterp.experiments.result import Claim, Result, Row, Table
 from mechinterp.explain.methods import ELEMENT_METHODS
 from mechinterp.metrics.sanity import Check
 
-__all__ = ["ALL", "DIFFERENT", "SAME", "report"]
+__all__ = ["ALL", "DIFFERENT", "ON_MODELS", "ON_TOYS", "report"]
 
 DIFFERENT = ("random weights", "permuted labels")
 """Where the map must change."""
-SAME = ("trained again", "other architecture")
-"""Where it should stay."""
+ON_TOYS = (*DIFFERENT, "trained again", "other architecture")
+ON_MODELS = (*ON_TOYS, "trained on")
+"""Kinds of other network; where it is not in DIFFERENT the map should stay."""
 ALL = "all findings"
 WORDS = {
     "random weights": "changes when the weights are random",
     "permuted labels": "changes when labels were permuted in training",
     "trained again": "comes back in a network trained again",
     "other architecture": "comes back in another architecture",
+    "trained on": "comes back in phantom-llava, whose tower was trained on from it",
 }
 MARK = {"pass": "", "fail": " fails", "not tested": " ?"}
 
@@ -38,12 +40,10 @@ def report(toys: Checks, phantoms: Mapping[str, Checks], skills: Mapping[str, Se
         for m, by in by_method.items()
         for kind, check in by.items()
     ]
-    claims = [_claim(WORDS[kind], {m: by[kind] for m, by in toys.items()}) for kind in (*DIFFERENT, *SAME)]
-    kinds = (*DIFFERENT, *SAME)
+    claims = [_claim(WORDS[kind], {m: by[kind] for m, by in toys.items()}) for kind in ON_TOYS]
     if phantoms:
-        claims += [
-            _claim(f"of {model} {WORDS[kind]}", {m: by[kind] for m, by in phantoms[ALL].items()}) for kind in kinds
-        ]
+        together = phantoms[ALL]
+        claims += [_claim(f"of {model} {WORDS[k]}", {m: by[k] for m, by in together.items()}) for k in ON_MODELS]
     tables = [_table("Networks on shapes: likeness to the trained network's map", toys)]
     tables += [_table(f"{model}, {finding}: likeness to its map", by) for finding, by in phantoms.items()]
     notes = [
@@ -59,7 +59,7 @@ def report(toys: Checks, phantoms: Mapping[str, Checks], skills: Mapping[str, Se
 
 
 def _table(title: str, checks: Checks) -> Table:
-    kinds = (*DIFFERENT, *SAME)
+    kinds = list(next(iter(checks.values())))
     lines = tuple(
         (_named(m), f"{next(iter(by.values())).baseline:.2f}", *(_cell(by[kind]) for kind in kinds))
         for m, by in checks.items()
@@ -94,11 +94,13 @@ def _claim(words: str, checks: Mapping[str, Check]) -> Claim:
 def _figure(drawn: Mapping[str, Checks]) -> bytes:
     """Likeness less that of maps of different images, a row each: left of 0 is another map, right of it the same."""
     names = sorted({m for checks in drawn.values() for m in checks}, key=lambda m: (not ELEMENT_METHODS[m].anchor, m))
-    kinds = (*DIFFERENT, *SAME)
     high = len(drawn) * (0.24 * len(names) + 1.0) + 0.3
-    figure, axes = canvas(len(drawn), len(kinds), 2.9 * len(kinds), high, sharey=True)
+    figure, axes = canvas(len(drawn), len(ON_MODELS), 2.7 * len(ON_MODELS), high, sharey=True)
     for line, (title, checks) in zip(axes, drawn.items(), strict=True):
-        for ax, kind in zip(line, kinds, strict=True):
+        of = list(next(iter(checks.values())))
+        for ax in line[len(of) :]:
+            ax.set_axis_off()
+        for ax, kind in zip(line, of, strict=False):
             axes_of(ax, kind, "likeness, less that of other images", "")
             ax.axvline(0, color=GREY, linewidth=0.8)
             for y, method in enumerate(names):
