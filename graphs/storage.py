@@ -92,7 +92,6 @@ def _described(graph: AttributionGraph) -> dict[str, Any]:
         nodes.feature.tolist(),
         nodes.activation.tolist(),
         nodes.influence.tolist(),
-        nodes.effect.tolist(),
         strict=True,
     )
     return {
@@ -124,10 +123,9 @@ def _described(graph: AttributionGraph) -> dict[str, Any]:
                 "feature": feature,
                 "activation": activation,
                 "influence": influence,
-                "effect": effect,
                 "label": label,
             }
-            for name, label, kind, tower, layer, pos, feature, activation, influence, effect in rows
+            for name, label, kind, tower, layer, pos, feature, activation, influence in rows
         ],
         "meta": graph.meta,
     }
