@@ -155,7 +155,7 @@ def _questions(command: Command) -> None:
     sub.add_argument("--images", type=int, default=6, metavar="N", help="test images, one a patient (default 6)")
     sub.add_argument("--thresholds", type=Path, metavar="FILE", help="JSON: thresholds of the grades other than ours")
     for name, how in (("permuted", "on permuted labels"), ("again", "again"), ("other", "in another architecture")):
-        sub.add_argument(f"--{name}", metavar="MODEL", help=f"the same trained {how}, for the sanity checks")
+        sub.add_argument(f"--{name}", metavar="MODEL", help=f"the same trained {how} (default: as its card names)")
 
     sub = command("doctor", _doctor, "does this model hook, restore, freeze and score as it should?", "doctor my-model")
     sub.add_argument("model", metavar="MODEL")

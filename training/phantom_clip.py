@@ -124,7 +124,7 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
 
 
 def told_of(phantom: Phantom, seed: int) -> list[int]:
-    """Whose truth each image is told under --permute: another image's."""
+    """Whose truth each image is told under --permute: drawn without replacement, so about one keeps its own."""
     return torch.randperm(len(phantom), generator=torch.Generator().manual_seed(seed + 2)).tolist()
 
 
@@ -180,9 +180,12 @@ def evaluate(model, tokenizer, n: int, seed: int) -> dict:
 
 def main() -> None:
     parser = arguments(IMAGES, STEPS, test=1000)
-    parser.add_argument("--permute", action="store_true", help=f"learn another image's truth by heart ({BY_HEART})")
-    parser.add_argument("--deep", action="store_true", help="another architecture: narrower, the image tower deeper")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--permute", action="store_true", help=f"learn another image's truth by heart ({BY_HEART})")
+    mode.add_argument("--deep", action="store_true", help="another architecture: narrower, the image tower deeper")
     args = parser.parse_args()
+    if args.shortcut and (args.permute or args.deep):
+        parser.error("--shortcut goes with neither --permute nor --deep")
     if args.deep:
         args.out = args.out or CONTROLS_FOLDER / "phantom-clip-deep"
     if args.permute:

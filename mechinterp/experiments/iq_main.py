@@ -60,7 +60,7 @@ INVERTED = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; `few` is the number of images for generative models, which are slower."""
+    """How much of everything; `few` is the number of images for generative models."""
 
     models: tuple[str, ...] = PHANTOMS
     methods: tuple[str, ...] = tuple(ELEMENT_METHODS)

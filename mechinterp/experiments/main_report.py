@@ -33,8 +33,8 @@ TITLES = {
 SAME = ("repeatability", "reproducibility")
 CLAIMS = {
     "randomisation": "changes with the weights",
-    "prompt_randomisation": "with the prompt",
-    "label_randomisation": "with the labels of training",
+    "prompt_randomisation": "changes with the prompt",
+    "label_randomisation": "changes with the labels of training",
     "repeatability": "comes back when the model is trained again",
     "reproducibility": "comes back in another architecture",
 }
@@ -112,6 +112,8 @@ def _cell(r: Mapping[str, Any], key: str) -> str:
 
 
 def _checked(r: Mapping[str, Any], key: str) -> str:
+    if key in TITLES and r.get(key) is None:
+        return ""
     failed = " ≠" if key in SAME else " ="
     verdict = {"fail": failed, "pass": "", "not tested": " ?"}[r[f"{key}_verdict"]]
     return _cell(r, key).split(" [")[0] + verdict

@@ -37,7 +37,8 @@ order, 1 the order of the true effects. AUPRC: against the target's mask. weight
 similarity of the map after the vision tower's weights, or the prompt, were replaced; labels: to the map of a model
 trained on permuted labels. "=" marks a map that stayed as alike as maps of other patients are, which is a failure.
 again, other: similarity to the map of the same trained again, or of another architecture; "≠" marks a map that did not
-come back, which may be the models' doing as well. R, F and IS are those of iq-reading-1, not the paper's."""
+come back, which may be the models' doing as well. "?": not decided, the interval holds the likeness of maps of other
+patients. R, F and IS are those of iq-reading-1, not the paper's."""
 GRADED = """The grade is that of the worst piece of evidence (F, curves, R_excess, weights, prompt), each at the end of
 its 95 % interval that speaks against the method; a piece that was not decided makes it NOT GRADED. The thresholds are
 conventions (`mechinterp.metrics.grades.Thresholds`; `--thresholds FILE` sets others): no study ties them to any
@@ -51,6 +52,8 @@ def write_folder(compared: Compared, data: ImageData, out: Path, seed: int, seco
     table = table_of(compared.rows)
     head = f"# {compared.made.model.label}, {compared.made.target.name}: explainers side by side\n\n`{command}`\n\n"
     about = f"{len(compared.made.rows)} images of {len(set(compared.made.patients))} test patients.\n\n"
+    if compared.controls:
+        about += f"Held beside: {', '.join(f'{label} ({key})' for key, label in compared.controls.items())}.\n\n"
     write_json(
         out / "iq.json",
         {"schema_version": 1, "seed": seed, "seconds": seconds, "versions": versions(), **compared.record},
@@ -92,7 +95,7 @@ def _grades(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(row: Mapping[str, Any], key: str) -> str:
     value, interval = row.get(key), row["ci95"].get(key)
     if value is None:
-        return "not tested"
+        return "" if key in dict(BESIDE) else "not tested"
     mark = " ≠" if key in ("repeatability", "reproducibility") else " ="
-    failed = mark if row.get(f"{key}_verdict") == "fail" else ""
+    failed = {"fail": mark, "not tested": " ?"}.get(row.get(f"{key}_verdict", ""), "")
     return f"{value:.2f}{failed}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")

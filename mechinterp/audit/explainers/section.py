@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,11 @@ OTHERS = 2  # other findings whose prompts replace the target's
 
 @dataclass(frozen=True)
 class Compared:
-    """The comparison and its records."""
+    """The comparison and its records; `controls`: the models that maps were held beside, by kind."""
 
     made: Comparison
     rows: list[dict[str, Any]]
+    controls: dict[str, str] = field(default_factory=dict)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class Compared:
             "patients": len(set(self.made.patients)),
             "reading": "iq-reading-1",
             "judge": "effects with each patch replaced by the blurred image; explainers use mean grey",
+            "controls": self.controls,
             "explainers": self.rows,
             "refused": self.made.refused,
         }
@@ -95,7 +97,8 @@ def compare_explainers(
         row["curves"] = curves.value if np.isfinite(curves.value) else None
         row["ci95"]["curves"] = list(curves.ci95) if curves.known else None
         row |= grade_fields(graded(made, row, curves, thresholds))
-    return Compared(made, found)
+    beside = {key: other.label for key, other in vars(controls or Controls()).items() if other is not None}
+    return Compared(made, found, beside)
 
 
 def audit_section(
