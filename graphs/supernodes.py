@@ -136,9 +136,10 @@ def merge(graph: AttributionGraph, parts: Sequence[tuple[str, str, Sequence[int]
     Args:
         parts: (id, label, node indices); the nodes of a part are of one type and tower.
 
-    Everything is summed: activation, influence, total effect, edges; `pre` and `constant` over the members whose in-edges
-    are known, so that every row adds up. Influence and effect count a path as often as it meets the part. Edges within a part go to its `rest`. A part that spans layers may stand in a cycle with
-    another one: such a graph is a summary to look at, and `influence` refuses it. Raises UsageError where a part mixes
+    Everything is summed: activation, influence, total effect, edges; `pre` and `constant` over the members whose
+    in-edges are known, so that every row adds up. Influence and effect count a path as often as it meets the part.
+    Edges within a part go to its `rest`. A part that spans layers may stand in a cycle with another one: such a graph
+    is a summary to look at, and `influence` refuses it. Raises UsageError where a part mixes
     types or towers, or holds an output.
     """
     nodes, n = graph.nodes, len(graph.nodes)
