@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mechinterp.audit.dictionary import transcoders_of
+from mechinterp.audit.dictionary import model_folder, training_record, transcoders_of
 from mechinterp.audit.explainers import Comparison, Effort, compare, methods_of
 from mechinterp.audit.explainers.checks import check_fields, checked
 from mechinterp.audit.explainers.controls import Controls, controls_of
@@ -19,6 +20,7 @@ from mechinterp.errors import UsageError
 from mechinterp.explain.methods import ELEMENT_METHODS
 from mechinterp.metrics.sanity import randomising, stages
 from mechinterp.models import HookedVLM
+from mechinterp.models.bundles import bundled_folder
 from tests.audit_toys import trained_clip, write_cohort
 
 METHODS = ("occlusion", "edges", "attention_rollout")
@@ -112,3 +114,15 @@ def test_the_models_that_ship_name_their_controls():
         other = HookedVLM.from_pretrained(name)
         assert [p.shape for p in other.hf.parameters()] == [p.shape for p in model.hf.parameters()]
         assert not any(torch.equal(a, b) for a, b in zip(other.hf.parameters(), model.hf.parameters(), strict=True))
+
+
+def test_a_folder_called_like_a_bundled_model_is_not_that_model(tmp_path):
+    """Else its dictionaries, target and controls would be those of another model."""
+    own = tmp_path / "phantom-clip"
+    shutil.copytree(bundled_folder("phantom-clip-shortcut"), own, ignore=shutil.ignore_patterns("transcoders"))  # type: ignore[arg-type]
+    (own / "training.json").write_text('{"target": "mine"}')
+    model = HookedVLM.from_pretrained(own)
+    assert model.label == "phantom-clip" and model_folder(model) == own
+    assert training_record(model) == {"target": "mine"}
+    bundled = HookedVLM.from_pretrained("phantom-clip")
+    assert model_folder(bundled) == bundled_folder("phantom-clip")

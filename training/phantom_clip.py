@@ -124,7 +124,7 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
 
 
 def told_of(phantom: Phantom, seed: int) -> list[int]:
-    """Whose truth each image is told under --permute: drawn without replacement, so about one keeps its own."""
+    """Whose truth each image is told under --permute: another image's (with seed 0 none keeps its own)."""
     return torch.randperm(len(phantom), generator=torch.Generator().manual_seed(seed + 2)).tolist()
 
 

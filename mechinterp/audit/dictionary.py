@@ -49,12 +49,10 @@ def cache_folder() -> Path:
 
 
 def model_folder(model: HookedVLM) -> Path | None:
-    """The folder a model was opened from, where there is one."""
-    bundled = bundled_folder(model.label)
-    if bundled is not None:
-        return bundled
+    """The folder a model was opened from, where there is one; a folder of somebody's own that is called like a bundled
+    model is not that model."""
     named = str(getattr(model.hf, "name_or_path", "") or "")
-    return Path(named) if named and Path(named).is_dir() else None
+    return Path(named) if named and Path(named).is_dir() else bundled_folder(model.label)
 
 
 def training_record(model: HookedVLM) -> dict[str, Any]:

@@ -60,12 +60,11 @@ INVERTED = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; `few` is the number of images for generative models."""
+    """How much of everything."""
 
     models: tuple[str, ...] = PHANTOMS
     methods: tuple[str, ...] = tuple(ELEMENT_METHODS)
     images: int = 12
-    few: int = 12
     draws: int = 30
     inverted: tuple[str, ...] = INVERTED
     injected_images: int = 12
@@ -73,7 +72,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    ("phantom-clip-shortcut",), ("gradient_times_input", "grad_cam", "random"), 3, 3, 3, ("gradient_times_input",), 5,
+    ("phantom-clip-shortcut",), ("gradient_times_input", "grad_cam", "random"), 3, 3, ("gradient_times_input",), 5,
     (0.0, 0.8),
 )  # fmt: skip
 
@@ -95,12 +94,11 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None, data: Pa
 
 def _one(model: HookedVLM, data: ImageData, finding: str, size: Sizes, seed: int, masks: Sequence[str]) -> Compared:
     target = data.targets[finding]
-    images = size.few if model.family == "llava" else size.images
     methods = methods_of(size.methods)
     if len(size.methods) == len(ELEMENT_METHODS):
         placed, _ = dictionary_of(model, data, seed)
         methods |= own_methods(model, placed, transcoders_of(model))
-    effort = Effort(images, size.draws, masks=tuple(masks))
+    effort = Effort(size.images, size.draws, masks=tuple(masks))
     controls = controls_of(model, HookedVLM.from_pretrained)
     return compare_explainers(model, data, target, methods, effort, seed, controls=controls)
 
