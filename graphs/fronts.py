@@ -19,7 +19,7 @@ from graphs.frozen.attention import FrozenAttention
 from graphs.frozen.norms import FrozenNorm
 from graphs.frozen.parts import FrozenMLP
 
-__all__ = ["Front", "Heads", "Paths", "mlp_at", "norm_at", "settle"]
+__all__ = ["Front", "Heads", "Paths", "mlp_at", "norm_at"]
 
 ADVANTAGE = 0.8
 """Paths are kept while their step needs less than this share of the dense step's products."""
@@ -93,27 +93,24 @@ class Paths:
 
 @dataclass(eq=False)
 class Front:
-    """Targets that walk together, as columns `columns` of the result.
+    """Targets that walk together.
 
     `g` is None while each of them stands at its one position. With paths its memory is `[pos, target, d]`, so that the
     targets of a start lie together; without, it is that of its shape, in which the dense step is fastest.
     """
 
-    columns: slice
     g: Float[Tensor, "pos d target"] | None
     paths: Paths | None = None
 
     @classmethod
-    def start(
-        cls, columns: slice, pos: Int[Tensor, " target"], directions: Float[Tensor, "target d"], n_pos: int
-    ) -> Front:
+    def start(cls, pos: Int[Tensor, " target"], directions: Float[Tensor, "target d"], n_pos: int) -> Front:
         """Targets at single positions, sorted by position."""
         found, counts = pos.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0).tolist()
         spans = [slice(e - c, e) for e, c in zip(ends, counts.tolist(), strict=True)]
         where = directions.new_zeros(n_pos, len(found), 1)
         where[found, torch.arange(len(found)), 0] = 1
-        return cls(columns, None, Paths(where, directions[None], pos, tuple(zip(found.tolist(), spans, strict=True))))
+        return cls(None, Paths(where, directions[None], pos, tuple(zip(found.tolist(), spans, strict=True))))
 
     @property
     def stream(self) -> Float[Tensor, "pos d target"]:
@@ -147,6 +144,13 @@ class Front:
         """Add to `g` something that is no product of a part over positions and a part over the stream."""
         self.stream.add_(more.transpose(1, 2))
         self.paths = None
+
+    def settle(self, heads: Heads) -> None:
+        """Drop the paths where the dense step is cheaper from here on."""
+        if self.paths is not None and not self.paths.pays(heads):
+            self.g, self.paths = self.stream.contiguous(), None
+        elif self.paths is None and self.g is not None:
+            self.g = self.g.contiguous()
 
     def pull(self, heads: Heads, causal: bool) -> None:
         """Walk through one attention layer: `g` becomes `g + adjoint(g)`."""
@@ -208,24 +212,6 @@ def _everywhere(matrix: Float[Tensor, "a b"], g: Float[Tensor, "pos b target"]) 
     if n >= FEW:
         return torch.bmm(matrix.expand(n_pos, -1, -1), g)
     return (g.transpose(1, 2).reshape(-1, b) @ matrix.T).view(n_pos, n, -1).transpose(1, 2).contiguous()
-
-
-def settle(fronts: list[Front], heads: Heads) -> list[Front]:
-    """Drop the paths of fronts that would be slower with them, and of all that started above one that has none.
-
-    Those without paths become one front, in one piece of memory; those with paths stay by themselves.
-    """
-    with_paths: list[Front] = []
-    for front in fronts[::-1]:
-        if front.paths is None or not front.paths.pays(heads):
-            break
-        with_paths.insert(0, front)
-    dense = fronts[: len(fronts) - len(with_paths)]
-    if not dense:
-        return with_paths
-    g = dense[0].stream if len(dense) == 1 else torch.cat([front.stream for front in dense], 2)
-    columns = slice(dense[0].columns.start, dense[-1].columns.stop)
-    return [Front(columns, g.contiguous()), *with_paths]
 
 
 def norm_at(norm: FrozenNorm, pos: Int[Tensor, " row"]) -> FrozenNorm:
