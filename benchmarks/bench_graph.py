@@ -33,7 +33,7 @@ class Case:
     shape: Shape
     budgets: tuple[int | None, ...]
     batch: int = 32
-    turns: int = 3
+    turns: int = 5
 
 
 CASES = [

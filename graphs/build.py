@@ -91,6 +91,7 @@ def build_graph(
 
 def _expand(sweep: Sweep, rows: Rows, targets: Tensor) -> None:
     if len(targets):
+        rows.reserve(targets)
         for batch in sweep.rows(targets):
             rows.add(batch)
 

@@ -53,8 +53,7 @@ class Heads:
         n_pos, _, n = g.shape
         read = _everywhere(self.read, g).view(n_pos, len(self.mix), -1)
         moved = torch.empty_like(read)
-        for head, mix in enumerate(self.mix[:, :n_pos, :n_pos]):
-            torch.mm(mix, read[:, head], out=moved[:, head])
+        torch.bmm(self.mix[:, :n_pos, :n_pos], read.transpose(0, 1), out=moved.transpose(0, 1))
         return moved.view(n_pos, -1, n)
 
     def pull(self, g: Float[Tensor, "pos d target"]) -> None:
@@ -67,9 +66,9 @@ class Heads:
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """`G[:, :, t] = sum_r where[:, start of t, r] (x) what[r, t]`: one term for each way through the heads so far."""
+    """`G[:, :, t] = sum_r where[r, start of t] (x) what[r, t]`: one term for each way through the heads so far."""
 
-    where: Float[Tensor, "pos start path"]
+    where: Float[Tensor, "path start pos"]
     what: Float[Tensor, "path target d"]
     pos: Int[Tensor, " target"]
     starts: tuple[tuple[int, slice], ...]
@@ -77,18 +76,18 @@ class Paths:
 
     def pays(self, heads: Heads, n_paths: int | None = None) -> bool:
         """Whether one more layer costs less by paths (or by `n_paths` of them) than by the dense step."""
-        n_pos, n_starts, n_now = self.where.shape
+        n_now, n_starts, n_pos = self.where.shape
         n_paths = n_paths or n_now
         n_heads, (inner, d) = len(heads.mix), heads.read.shape
         n = self.what.shape[1]
         by_path = n_paths * (4 * d * inner * n + 2 * n_heads * n_pos * (d * n + n_pos * n_starts))
         return by_path < ADVANTAGE * n * n_pos * (4 * d * inner + 2 * n_pos * inner)
 
-    def through(self, heads: Heads) -> Float[Tensor, "pos start head path"]:
+    def through(self, heads: Heads, out: Float[Tensor, "head path start pos"]) -> None:
         """Where the terms stand after a layer, head by head."""
-        n_pos, n_starts, n_paths = self.where.shape
-        moved = heads.mix[:, :n_pos, :n_pos] @ self.where.view(n_pos, -1)
-        return moved.view(-1, n_pos, n_starts, n_paths).permute(1, 2, 0, 3)
+        n_heads, (n_paths, n_starts, n_pos) = len(heads.mix), self.where.shape
+        whole = self.where.view(1, -1, n_pos).expand(n_heads, -1, -1)
+        torch.bmm(whole, heads.mix[:, :n_pos, :n_pos].transpose(1, 2), out=out.view(n_heads, -1, n_pos))
 
 
 @dataclass(eq=False)
@@ -108,8 +107,8 @@ class Front:
         found, counts = pos.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0).tolist()
         spans = [slice(e - c, e) for e, c in zip(ends, counts.tolist(), strict=True)]
-        where = directions.new_zeros(n_pos, len(found), 1)
-        where[found, torch.arange(len(found)), 0] = 1
+        where = directions.new_zeros(1, len(found), n_pos)
+        where[0, torch.arange(len(found)), found] = 1
         return cls(None, Paths(where, directions[None], pos, tuple(zip(found.tolist(), spans, strict=True))))
 
     @property
@@ -118,7 +117,7 @@ class Front:
         if self.g is None:
             assert self.paths is not None
             _, n, d = self.paths.what.shape
-            g = self.paths.what.new_zeros(len(self.paths.where), n, d)
+            g = self.paths.what.new_zeros(self.paths.where.shape[2], n, d)
             g[self.paths.pos, torch.arange(n)] = self.paths.what[0]
             self.g = g.transpose(1, 2)
         return self.g
@@ -128,7 +127,7 @@ class Front:
         if self.g is None:
             assert self.paths is not None
             what, pos = self.paths.what[0], self.paths.pos
-            found = what.new_zeros(len(self.paths.where), vectors.shape[1], len(what))
+            found = what.new_zeros(self.paths.where.shape[2], vectors.shape[1], len(what))
             found[pos, :, torch.arange(len(what))] = (vectors[pos] @ what[:, :, None])[..., 0]
             return found
         return torch.bmm(vectors[: len(self.g)], self.g)
@@ -158,26 +157,26 @@ class Front:
         if paths is None:
             heads.pull(self.stream)
             return
-        n_pos, n_starts, n_paths = paths.where.shape
+        n_paths, n_starts, n_pos = paths.where.shape
         n, d = paths.what.shape[1:]
         n_heads = len(heads.mix)
         kept = paths.pays(heads, n_paths * (1 + n_heads))
         old = int(kept or self.g is None)  # 1: `g` is written anew, by all terms; 0: the new terms are added to it
-        where = paths.where.new_empty(n_pos, n_starts, old + n_heads, n_paths)
+        where = paths.where.new_empty(old + n_heads, n_paths, n_starts, n_pos)
         what = paths.what.new_empty(old + n_heads, n_paths, n, d)
         if old:
-            where[:, :, 0], what[0] = paths.where, paths.what
-        where[:, :, old:] = paths.through(heads)
+            where[0], what[0] = paths.where, paths.what
+        paths.through(heads, where[old:])
         read = paths.what.view(-1, d) @ heads.read.T
-        for term, part, write in zip(what[old:], read.chunk(n_heads, 1), heads.write.chunk(n_heads), strict=True):
-            torch.mm(part, write, out=term.view(-1, d))
-        where, what = where.flatten(2), what.flatten(0, 1)
+        by_head = read.view(len(read), n_heads, -1).transpose(0, 1)
+        torch.bmm(by_head, heads.write.view(n_heads, -1, d), out=what[old:].view(n_heads, -1, d))
+        where, what = where.flatten(0, 1), what.flatten(0, 1)
         g = what.new_empty(n_pos, n, d) if old else self.stream.transpose(1, 2)
         flat, terms = g.view(n_pos, n * d), what.view(-1, n * d)
         for start, (pos, span) in enumerate(paths.starts):
             rows = pos + 1 if causal and not old else n_pos  # nothing is added after a start in a causal stack
             picked = slice(span.start * d, span.stop * d)
-            flat[:rows, picked].addmm_(where[:rows, start], terms[:, picked], beta=1 - old)
+            flat[:rows, picked].addmm_(where[:, start, :rows].T, terms[:, picked], beta=1 - old)
         self.g = g.transpose(1, 2)
         self.paths = Paths(where, what, paths.pos, paths.starts) if kept else None
 
@@ -191,16 +190,17 @@ class Front:
         found = self.against(vectors)
         if self.paths is None:
             return found.baddbmm_(read[: len(found)], heads.moved(self.stream))
-        n_pos, n, n_heads = len(found), found.shape[2], len(heads.mix)
-        n_paths, _, d = self.paths.what.shape
-        where = self.paths.through(heads).permute(1, 2, 0, 3).contiguous()  # [start, head, pos, path]
+        n_heads, (n_paths, n, d) = len(heads.mix), self.paths.what.shape
+        where = self.paths.where.new_empty(n_heads, *self.paths.where.shape)
+        self.paths.through(heads, where)
+        n_pos = where.shape[3]
         terms = self.paths.what.view(-1, d) @ heads.read.view(n_heads, -1, d).transpose(1, 2)
         d_head = terms.shape[2]
         terms = terms.view(n_heads, n_paths, n * d_head)
         moved = terms.new_empty(n_heads, n_pos, n * d_head)
         for start, (_, span) in enumerate(self.paths.starts):
             picked = slice(span.start * d_head, span.stop * d_head)
-            moved[:, :, picked] = where[start] @ terms[:, :, picked]
+            torch.bmm(where[:, :, start].transpose(1, 2), terms[:, :, picked], out=moved[:, :, picked])
         for own, part in zip(read[:n_pos].chunk(n_heads, 2), moved, strict=True):
             found.baddbmm_(own, part.view(n_pos, n, d_head).transpose(1, 2))
         return found

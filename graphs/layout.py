@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -142,6 +143,7 @@ class Layout:
         counts = torch.tensor([end - start for start, end in zip(bounds, ends, strict=True)])
         of_outputs = torch.tensor([r.stack for r in frozen.readouts], dtype=torch.long)
         self.stack_of = torch.cat([torch.arange(len(counts)).repeat_interleave(counts), of_outputs])
+        self._by_pos: dict[tuple[int, int], Int[np.ndarray, " source"]] = {}
 
     def _inputs(self, rows: _Rows, number: int, stack: Stack, tower: tuple[int, str]) -> None:
         for kind, of_type in INPUT_TYPES.items():
@@ -183,21 +185,23 @@ class Layout:
                 found.append((key, mine - span.start))
         return found
 
-    def early(self, number: int, pos: int) -> Int[Tensor, " source"]:
-        """The sources of a causal stack, and of those that feed it, that do not stand after a position."""
-        late = (self.nodes.pos[: self.outputs] > pos) & (self.stack_of[: self.outputs] == number)
-        return (~late).nonzero()[:, 0]
-
-    def columns(self, number: int, layer: int, early: Int[Tensor, " early"] | None) -> slice | Int[Tensor, " source"]:
+    def columns(self, number: int, layer: int, pos: int) -> slice | Int[np.ndarray, " source"]:
         """The sources that can have an edge to a feature: below it, in its tower or one that feeds it, not after it.
 
-        The order of the table makes this one slice, unless the tower is causal; then it is a part of `early`.
+        The order of the table makes this one slice, unless the tower is causal; then it is a part of `_early`.
         """
         below, stop = self.floor(number, layer), self.bias[number, layer] + 1
-        if early is None:
+        if not self.causal[number]:
             return slice(below, stop)
-        first, last = torch.searchsorted(early, early.new_tensor([below, stop])).tolist()
-        return early[first:last]
+        early = self._early(number, pos)
+        return early[slice(*np.searchsorted(early, (below, stop)).tolist())]
+
+    def _early(self, number: int, pos: int) -> Int[np.ndarray, " source"]:
+        """The sources of a causal stack, and of those that feed it, that do not stand after a position."""
+        if (number, pos) not in self._by_pos:
+            late = (self.nodes.pos[: self.outputs] > pos) & (self.stack_of[: self.outputs] == number)
+            self._by_pos[number, pos] = (~late).numpy().nonzero()[0]
+        return self._by_pos[number, pos]
 
     def floor(self, number: int, layer: int) -> int:
         """First node that a feature of a layer can read: of the nearest SAE below, or of its chain of towers."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -17,13 +17,15 @@ from graphs.sweep import Batch
 
 __all__ = ["Rows"]
 
+Columns = slice | Int[np.ndarray, " source"]
+
 
 @dataclass(frozen=True, eq=False)
 class _Block:
     """Targets with the same possible sources. `total` is the sum of each row's absolute weights."""
 
     nodes: Int[Tensor, " target"]
-    columns: slice | Int[Tensor, " source"]
+    columns: Columns
     values: Float[Tensor, "target source"]
     total: Float[Tensor, " target"]
 
@@ -34,42 +36,65 @@ class Rows:
     def __init__(self, layout: Layout):
         self.layout = layout
         self._blocks: list[_Block] = []
-        self._memory = layout.nodes.activation.new_empty(0)
+        self._turned_memory = layout.nodes.activation.new_empty(0)
+        self._memory, self._free = layout.nodes.activation.new_empty(0), 0
+
+    def reserve(self, targets: Int[Tensor, " target"]) -> None:
+        """Memory in one piece for rows of features that will be added next.
+
+        Where there are no such rows yet it has room for those of outputs too, at its end: `assemble` may then hand it out.
+        """
+        size = 0 if self._has_features() else sum(block.values.numel() for block in self._blocks)
+        for _, count, columns in self._groups(targets.sort().values):
+            size += count * (columns.stop - columns.start if isinstance(columns, slice) else len(columns))
+        self._memory, self._free = self._memory.new_empty(size), 0
 
     def add(self, batch: Batch) -> None:
         """Take over a batch of the sweep."""
         nodes, edges = batch
         if int(nodes[0]) >= self.layout.outputs:
             for i in range(len(nodes)):
-                columns = edges[:, i].nonzero()[:, 0]
+                columns = edges[:, i].numpy().nonzero()[0]
                 self._append(nodes[i : i + 1], columns, edges[columns, i][None])
             return
-        table, stack = self.layout.nodes, int(self.layout.stack_of[nodes[0]])
-        causal = self.layout.causal[stack]
-        layers, positions = table.layer[nodes].tolist(), table.pos[nodes].tolist() if causal else [-1] * len(nodes)
-        early = {pos: self.layout.early(stack, pos) for pos in set(positions)} if causal else {}
-        rows = self._turned(edges) if causal else edges.T
+        causal = self.layout.causal[int(self.layout.stack_of[nodes[0]])]
+        rows = self._turned(edges[: int(nodes[0])]) if causal else edges.T  # sources stand before their targets
+        for start, count, columns in self._groups(nodes):
+            mine = rows[start : start + count]
+            self._append(nodes[start : start + count], columns, self._taken(mine, columns))
+
+    def _groups(self, nodes: Int[Tensor, " target"]) -> Iterator[tuple[int, int, Columns]]:
+        """Runs of features that have the same possible sources: the first of them, how many, which."""
+        table, stacks = self.layout.nodes, self.layout.stack_of[nodes]
+        causal = torch.tensor(self.layout.causal)[stacks]
+        layers, positions = table.layer[nodes].long(), torch.where(causal, table.pos[nodes].long(), -1)
+        _, counts = ((stacks << 48) + (layers << 32) + positions).unique_consecutive(return_counts=True)
         start = 0
-        for (layer, pos), same in groupby(zip(layers, positions, strict=True)):  # the same sources
-            mine = slice(start, start + len(list(same)))
-            columns = self.layout.columns(stack, layer, early.get(pos))
-            values = _taken(rows[mine], columns)
-            self._append(nodes[mine], columns, values)
-            start = mine.stop
+        for count in counts.tolist():
+            yield start, count, self.layout.columns(int(stacks[start]), int(layers[start]), int(positions[start]))
+            start += count
 
     def _turned(self, edges: Float[Tensor, "node target"]) -> Float[Tensor, "target node"]:
         """A batch row by row, in memory that all batches share."""
-        if self._memory.numel() < edges.numel():
-            self._memory = torch.empty_like(edges).view(-1)
-        return self._memory[: edges.numel()].view(edges.shape[::-1]).copy_(edges.T)
+        if self._turned_memory.numel() < edges.numel():
+            self._turned_memory = torch.empty_like(edges).view(-1)
+        return self._turned_memory[: edges.numel()].view(edges.shape[::-1]).copy_(edges.T)
 
-    def _append(
-        self,
-        nodes: Int[Tensor, " target"],
-        columns: slice | Int[Tensor, " source"],
-        values: Float[Tensor, "target source"],
-    ) -> None:
+    def _taken(self, rows: Float[Tensor, "target node"], columns: Columns) -> Float[Tensor, "target source"]:
+        """Some columns, in memory of their own; torch's own indexing by number takes three times as long."""
+        n = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
+        values = self._memory[self._free : self._free + len(rows) * n].view(len(rows), n)
+        self._free += len(rows) * n
+        if isinstance(columns, slice):
+            return values.copy_(rows[:, columns])
+        np.take(rows.numpy(), columns, axis=1, out=values.numpy(), mode="clip")  # "raise" would go through a buffer
+        return values
+
+    def _append(self, nodes: Int[Tensor, " target"], columns: Columns, values: Float[Tensor, "target source"]) -> None:
         self._blocks.append(_Block(nodes, columns, values, torch.linalg.vector_norm(values, 1, dim=1)))
+
+    def _has_features(self) -> bool:
+        return any(int(block.nodes[0]) < self.layout.outputs for block in self._blocks)
 
     def expanded(self) -> Bool[Tensor, " node"]:
         """Mask of the nodes that have a row."""
@@ -91,31 +116,36 @@ class Rows:
         return value - weights
 
     def assemble(self, row_mass: float | None = None) -> tuple[Tensor, Int[Tensor, " row"], Float[Tensor, "row type"]]:
-        """Everything as (sparse CSR, target nodes ascending, rest by type).
+        """Everything as (sparse CSR, target nodes ascending, rest by type). The rows are gone after it.
 
         `row_mass`: keep, in each row, the largest edges that together have this share of its absolute weight.
         """
         n = len(self.layout.nodes)
+        blocks = sorted(self._blocks, key=lambda block: int(block.nodes[0]))
         targets = self.expanded().nonzero()[:, 0]
         place = torch.full((n,), -1, dtype=torch.long)
         place[targets] = torch.arange(len(targets))
         rest = self.layout.nodes.activation.new_zeros(len(targets), N_TYPES)
-        every = torch.arange(n, dtype=torch.int32)
-        kept = [None if row_mass is None else _largest(b.values, b.total, row_mass) for b in self._blocks]
+        every = np.arange(n, dtype=np.int32)
+        kept = [None if row_mass is None else _largest(b.values, b.total, row_mass) for b in blocks]
 
         counts = torch.zeros(len(targets), dtype=torch.long)
-        for block, mask in zip(self._blocks, kept, strict=True):
+        for block, mask in zip(blocks, kept, strict=True):
             counts[place[block.nodes]] = block.values.shape[1] if mask is None else mask.sum(1)
         crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        values = rest.new_empty(int(crow[-1]))
         columns = torch.empty(int(crow[-1]), dtype=torch.int32)
         starts = crow.tolist()
-        for block, mask in zip(self._blocks, kept, strict=True):
-            sources = every[block.columns]
+        came = [int(block.nodes[0]) for block in self._blocks if int(block.nodes[0]) < self.layout.outputs]
+        # rows that were reserved all together and came in their order stand where they belong already
+        in_place = row_mass is None and len(self._memory) == len(columns) and came == sorted(came)
+        values = self._memory if in_place else rest.new_empty(len(columns))
+        for block, mask in zip(blocks, kept, strict=True):
+            sources = torch.from_numpy(every[block.columns])
             at = place[block.nodes].tolist()
             if mask is None and at[-1] - at[0] == len(at) - 1:  # rows that follow each other: one copy
                 span = slice(starts[at[0]], starts[at[-1] + 1])
-                values[span].view(block.values.shape)[:] = block.values
+                if values[span].data_ptr() != block.values.data_ptr():
+                    values[span].view(block.values.shape)[:] = block.values
                 columns[span].view(block.values.shape)[:] = sources
                 continue
             types = self.layout.nodes.type[block.columns].long()
@@ -126,6 +156,7 @@ class Rows:
                 else:
                     values[span], columns[span] = block.values[i][mask[i]], sources[mask[i]]
                     rest[row].index_add_(0, types[~mask[i]], block.values[i][~mask[i]])
+        self._blocks = []
         present = values != 0
         if not present.all():
             rows = torch.arange(len(targets)).repeat_interleave(counts)[present]
@@ -137,15 +168,6 @@ class Rows:
         else:
             columns = columns.long()
         return csr(crow, columns, values, (len(targets), n)), targets, rest
-
-
-def _taken(
-    rows: Float[Tensor, "target node"], columns: slice | Int[Tensor, " source"]
-) -> Float[Tensor, "target source"]:
-    """Some columns, in memory of their own; torch's own indexing by number takes three times as long."""
-    if isinstance(columns, slice):
-        return rows[:, columns].clone(memory_format=torch.contiguous_format)
-    return torch.from_numpy(np.take(rows.numpy(), columns.numpy(), axis=1))
 
 
 def _largest(
