@@ -4,7 +4,8 @@ A front holds `G [pos, d, target]`, the adjoint of a set of targets at one depth
 at first `G` has rank one in (position, d); each attention layer turns a term `c (x) v` into one more term a head,
 `A_h^T c (x) v W_O^hT W_V^hT`, because with its pattern held a head acts on positions and on the stream separately.
 While the terms are few, a front keeps them (`Paths`): the `c` are shared by all targets of a position, and the step
-costs a fraction of the dense one, which multiplies all of `G`. The result is the same sum in another order.
+costs a fraction of the dense one, which multiplies all of `G`. Where the next terms would be too many, the heads still
+read the old ones and write to all positions. The result is the same sum in another order.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from graphs.frozen.parts import FrozenMLP
 
 __all__ = ["Front", "Heads", "Paths", "mlp_at", "norm_at"]
 
-ADVANTAGE = 0.8
-"""Paths are kept while their step needs less than this share of the dense step's products."""
+ADVANTAGE = 1.0
+"""Paths are kept while their step needs less than this share of the dense step's products; with 0 there are none."""
 FEW = 24
 """Below so many targets one product over all positions, and two copies, cost less than a product for each position."""
 
@@ -74,20 +75,66 @@ class Paths:
     starts: tuple[tuple[int, slice], ...]
     """Position and targets of each start."""
 
-    def pays(self, heads: Heads, n_paths: int | None = None) -> bool:
-        """Whether one more layer costs less by paths (or by `n_paths` of them) than by the dense step."""
-        n_now, n_starts, n_pos = self.where.shape
-        n_paths = n_paths or n_now
-        n_heads, (inner, d) = len(heads.mix), heads.read.shape
-        n = self.what.shape[1]
-        by_path = n_paths * (4 * d * inner * n + 2 * n_heads * n_pos * (d * n + n_pos * n_starts))
-        return by_path < ADVANTAGE * n * n_pos * (4 * d * inner + 2 * n_pos * inner)
+    def pays(self, heads: Heads) -> bool:
+        """Whether one more layer costs less by paths than by the dense step."""
+        return self._last(heads, 1) < ADVANTAGE * self._dense(heads)
 
-    def through(self, heads: Heads, out: Float[Tensor, "head path start pos"]) -> None:
+    def multiply(self, heads: Heads) -> bool:
+        """Whether it is cheaper to keep paths for the layer after the next, when there are more of them."""
+        (n_paths, _, n_pos), (inner, d), more = self.where.shape, heads.read.shape, 1 + len(heads.mix)
+        kept = n_paths * (4 * d * inner + 2 * more * n_pos * d) + self._last(heads, more)
+        return kept < ADVANTAGE * (self._last(heads, 1) + self._dense(heads))
+
+    def _last(self, heads: Heads, more: int) -> int:
+        """Operations a target of a layer that reads `more` times these paths and writes all positions."""
+        n_paths, (inner, d), n_pos = more * len(self.where), heads.read.shape, self.where.shape[2]
+        return 2 * inner * (n_paths * (d + n_pos) + n_pos * d)
+
+    def _dense(self, heads: Heads) -> int:
+        """Operations a target of a layer that reads and writes all positions."""
+        (inner, d), n_pos = heads.read.shape, self.where.shape[2]
+        return 2 * inner * n_pos * (2 * d + n_pos)
+
+    def through(self, heads: Heads, out: Float[Tensor, "head path start pos"] | None = None) -> Tensor:
         """Where the terms stand after a layer, head by head."""
-        n_heads, (n_paths, n_starts, n_pos) = len(heads.mix), self.where.shape
+        n_heads, n_pos = len(heads.mix), self.where.shape[2]
+        out = self.where.new_empty(n_heads, *self.where.shape) if out is None else out
         whole = self.where.view(1, -1, n_pos).expand(n_heads, -1, -1)
         torch.bmm(whole, heads.mix[:, :n_pos, :n_pos].transpose(1, 2), out=out.view(n_heads, -1, n_pos))
+        return out
+
+    def moved(self, heads: Heads) -> Float[Tensor, "head pos target d_head"]:
+        """What the heads read, at the positions where they write it."""
+        n_heads, (n_paths, n, d) = len(heads.mix), self.what.shape
+        n_pos, where = self.where.shape[2], self.through(heads)
+        terms = self.what.view(-1, d) @ heads.read.view(n_heads, -1, d).transpose(1, 2)
+        d_head = terms.shape[2]
+        terms = terms.view(n_heads, n_paths, n * d_head)
+        moved = terms.new_empty(n_heads, n_pos, n * d_head)
+        for start, (_, span) in enumerate(self.starts):
+            picked = slice(span.start * d_head, span.stop * d_head)
+            torch.bmm(where[:, :, start].transpose(1, 2), terms[:, :, picked], out=moved[:, :, picked])
+        return moved.view(n_heads, n_pos, n, d_head)
+
+    def multiplied(self, heads: Heads) -> Paths:
+        """These terms, and one more of each for each head."""
+        n_heads, (n_paths, n, d) = len(heads.mix), self.what.shape
+        where = self.where.new_empty(1 + n_heads, *self.where.shape)
+        what = self.what.new_empty(1 + n_heads, n_paths, n, d)
+        where[0], what[0] = self.where, self.what
+        self.through(heads, where[1:])
+        read = (self.what.view(-1, d) @ heads.read.T).view(n_paths * n, n_heads, -1).transpose(0, 1)
+        torch.bmm(read, heads.write.view(n_heads, -1, d), out=what[1:].view(n_heads, -1, d))
+        return Paths(where.flatten(0, 1), what.flatten(0, 1), self.pos, self.starts)
+
+    def added_up(self) -> Float[Tensor, "pos target d"]:
+        """`G`."""
+        (_, _, n_pos), (_, n, d) = self.where.shape, self.what.shape
+        g, terms = self.what.new_empty(n_pos, n * d), self.what.view(-1, n * d)
+        for start, (_, span) in enumerate(self.starts):
+            picked = slice(span.start * d, span.stop * d)
+            torch.mm(self.where[:, start].T, terms[:, picked], out=g[:, picked])
+        return g.view(n_pos, n, d)
 
 
 @dataclass(eq=False)
@@ -151,34 +198,18 @@ class Front:
         elif self.paths is None and self.g is not None:
             self.g = self.g.contiguous()
 
-    def pull(self, heads: Heads, causal: bool) -> None:
+    def pull(self, heads: Heads) -> None:
         """Walk through one attention layer: `g` becomes `g + adjoint(g)`."""
-        paths = self.paths
-        if paths is None:
+        if self.paths is None:
             heads.pull(self.stream)
-            return
-        n_paths, n_starts, n_pos = paths.where.shape
-        n, d = paths.what.shape[1:]
-        n_heads = len(heads.mix)
-        kept = paths.pays(heads, n_paths * (1 + n_heads))
-        old = int(kept or self.g is None)  # 1: `g` is written anew, by all terms; 0: the new terms are added to it
-        where = paths.where.new_empty(old + n_heads, n_paths, n_starts, n_pos)
-        what = paths.what.new_empty(old + n_heads, n_paths, n, d)
-        if old:
-            where[0], what[0] = paths.where, paths.what
-        paths.through(heads, where[old:])
-        read = paths.what.view(-1, d) @ heads.read.T
-        by_head = read.view(len(read), n_heads, -1).transpose(0, 1)
-        torch.bmm(by_head, heads.write.view(n_heads, -1, d), out=what[old:].view(n_heads, -1, d))
-        where, what = where.flatten(0, 1), what.flatten(0, 1)
-        g = what.new_empty(n_pos, n, d) if old else self.stream.transpose(1, 2)
-        flat, terms = g.view(n_pos, n * d), what.view(-1, n * d)
-        for start, (pos, span) in enumerate(paths.starts):
-            rows = pos + 1 if causal and not old else n_pos  # nothing is added after a start in a causal stack
-            picked = slice(span.start * d, span.stop * d)
-            flat[:rows, picked].addmm_(where[:, start, :rows].T, terms[:, picked], beta=1 - old)
-        self.g = g.transpose(1, 2)
-        self.paths = Paths(where, what, paths.pos, paths.starts) if kept else None
+        elif self.paths.multiply(heads):
+            self.paths = self.paths.multiplied(heads)
+            self.g = self.paths.added_up().transpose(1, 2)
+        else:
+            g = self.stream.transpose(1, 2)
+            moved, self.paths = self.paths.moved(heads), None
+            for part, write in zip(moved, heads.write.chunk(len(moved)), strict=True):
+                g.view(-1, g.shape[2]).addmm_(part.flatten(0, 1), write)
 
     def below(
         self, heads: Heads, vectors: Float[Tensor, "every_pos slot d"], read: Float[Tensor, "every_pos slot inner"]
@@ -190,19 +221,9 @@ class Front:
         found = self.against(vectors)
         if self.paths is None:
             return found.baddbmm_(read[: len(found)], heads.moved(self.stream))
-        n_heads, (n_paths, n, d) = len(heads.mix), self.paths.what.shape
-        where = self.paths.where.new_empty(n_heads, *self.paths.where.shape)
-        self.paths.through(heads, where)
-        n_pos = where.shape[3]
-        terms = self.paths.what.view(-1, d) @ heads.read.view(n_heads, -1, d).transpose(1, 2)
-        d_head = terms.shape[2]
-        terms = terms.view(n_heads, n_paths, n * d_head)
-        moved = terms.new_empty(n_heads, n_pos, n * d_head)
-        for start, (_, span) in enumerate(self.paths.starts):
-            picked = slice(span.start * d_head, span.stop * d_head)
-            torch.bmm(where[:, :, start].transpose(1, 2), terms[:, :, picked], out=moved[:, :, picked])
-        for own, part in zip(read[:n_pos].chunk(n_heads, 2), moved, strict=True):
-            found.baddbmm_(own, part.view(n_pos, n, d_head).transpose(1, 2))
+        moved = self.paths.moved(heads)
+        for own, part in zip(read[: len(found)].chunk(len(moved), 2), moved, strict=True):
+            found.baddbmm_(own, part.transpose(1, 2))
         return found
 
 

@@ -42,7 +42,8 @@ class Rows:
     def reserve(self, targets: Int[Tensor, " target"]) -> None:
         """Memory in one piece for rows of features that will be added next.
 
-        Where there are no such rows yet it has room for those of outputs too, at its end: `assemble` may then hand it out.
+        Where there are no such rows yet it has room for those of outputs too, at its end, and `assemble` may hand it
+        out.
         """
         size = 0 if self._has_features() else sum(block.values.numel() for block in self._blocks)
         for _, count, columns in self._groups(targets.sort().values):

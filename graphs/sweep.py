@@ -171,7 +171,7 @@ class Sweep:
                 edges[self.layout.bias[number, at]] += front.dot(stack.blocks[at].attention.bias)
             front.settle(block.heads)
             if at or self._inputs[number].read is None:
-                front.pull(block.heads, stack.causal)
+                front.pull(block.heads)
         self._enter(number, front, edges)
         if stack.bridge is None or stack.bridge_from is None:
             return
