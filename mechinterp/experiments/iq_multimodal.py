@@ -49,11 +49,11 @@ class Sizes:
     """
 
     models: tuple[str, ...] = ("phantom-clip", "phantom-llava")
-    methods: tuple[str, ...] = ("gradient_times_input", "integrated_gradients", "kernel_shap", "occlusion")
+    methods: tuple[str, ...] = ("gradient_times_input", "integrated_gradients", "kernel_shap", "lime", "occlusion")
     images: int = 8
     draws: int = 30
     psi: tuple[float, ...] = (0.0, 0.8)
-    hardened: tuple[str, ...] = ("gradient_times_input",)
+    hardened: tuple[str, ...] = ("gradient_times_input", "integrated_gradients")
     timed: tuple[str, ...] = ("gradient_times_input", "integrated_gradients", "kernel_shap")
 
 
