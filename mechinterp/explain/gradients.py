@@ -7,14 +7,13 @@ and one that sums it over elements.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.explain.patches import in_patches
+from mechinterp.explain.path import Rule, gauss_legendre, path_rule
 from mechinterp.explain.question import Question, Values
 
 __all__ = [
@@ -23,6 +22,7 @@ __all__ = [
     "gradient_times_input",
     "gradient_times_input_values",
     "integrated_gradients",
+    "integrated_gradients_of_copies",
     "integrated_gradients_values",
     "mirrored",
     "noisy_references",
@@ -47,6 +47,21 @@ def integrated_gradients(
     forward and backward passes a row.
     """
     return _by_element(in_patches(question), steps, lambda piece: integrated_gradients_values(piece, steps))
+
+
+def integrated_gradients_of_copies(
+    question: Question, generator: torch.Generator, steps: int = STEPS
+) -> Float[Tensor, "row element"]:
+    """Integrated gradients where all rows are near copies of the first, as R and RBP ask for them.
+
+    The points are put where the score of the first row turns (`explain.path`), for 33 forward passes in all. On 18
+    images of phantoms and two copies of each, the largest error of any element, as a share of the score's difference,
+    was 1.5e-5 with 16 points (median; at worst 4e-4), and 9e-4 (7e-3) with Gauss-Legendre's (`benchmarks.path_points`).
+    Rows that are no copies get points that are not made for them: take `integrated_gradients`.
+    """
+    question = in_patches(question)
+    rule = path_rule(question, steps)
+    return _by_element(question, steps, lambda piece: _integrated(piece, rule))
 
 
 def gradient_shap(
@@ -80,9 +95,7 @@ def gradient_times_input_values(question: Question) -> Values:
 
 def integrated_gradients_values(question: Question, steps: int = STEPS) -> Values:
     """Integrated gradients at every position of every part; memory `row * steps` inputs."""
-    alpha, weight = (torch.from_numpy(one) for one in _gauss_legendre(steps))
-    references = tuple(part.reference[:, None] for part in question.parts)
-    return _along(question, alpha, weight, references)
+    return _integrated(question, gauss_legendre(steps))
 
 
 def gradient_shap_values(question: Question, alpha: Float[Tensor, " sample"], references: Values) -> Values:
@@ -106,6 +119,11 @@ def noisy_references(question: Question, noise: Values) -> Values:
         size = NOISE * away.std(1, correction=0).view(-1, *(1,) * one.ndim)
         found.append(part.reference[:, None] + size * one.to(away.dtype))
     return tuple(found)
+
+
+def _integrated(question: Question, rule: Rule) -> Values:
+    alpha, weight = (torch.from_numpy(one) for one in rule)
+    return _along(question, alpha, weight, tuple(part.reference[:, None] for part in question.parts))
 
 
 def _along(
@@ -140,10 +158,3 @@ def pieces(question: Question, points: int) -> Iterator[Question]:
     step = max(1, question.chunk // points)
     for start in range(0, len(question), step):
         yield question[start : start + step]
-
-
-@lru_cache
-def _gauss_legendre(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points in (0, 1) and their weights."""
-    at, weight = np.polynomial.legendre.leggauss(steps)
-    return (1 + at) / 2, weight / 2
