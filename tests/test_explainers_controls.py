@@ -126,3 +126,19 @@ def test_a_folder_called_like_a_bundled_model_is_not_that_model(tmp_path):
     assert training_record(model) == {"target": "mine"}
     bundled = HookedVLM.from_pretrained("phantom-clip")
     assert model_folder(bundled) == bundled_folder("phantom-clip")
+
+
+def test_a_recorded_control_may_stand_beside_its_model_and_is_named_when_it_is_gone(tmp_path):
+    own, beside = tmp_path / "mine", tmp_path / "shuffled"
+    for folder, name in ((own, "phantom-clip-shortcut"), (beside, "phantom-clip-permuted")):
+        source = bundled_folder(name)
+        assert source is not None
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("transcoders", "saes"))
+    (own / "training.json").write_text('{"controls": {"permuted": "../shuffled"}}')
+    model = HookedVLM.from_pretrained(own)
+    found = controls_of(model, HookedVLM.from_pretrained)
+    assert found.permuted is not None and found.permuted.sha256 == HookedVLM.from_pretrained(beside).sha256
+    shutil.rmtree(beside)
+    with pytest.raises(UsageError, match=r"training\.json: controls\.permuted: names '\.\./shuffled'.*take it out"):
+        controls_of(model, HookedVLM.from_pretrained)
+    assert controls_of(model, HookedVLM.from_pretrained, {"permuted": "phantom-clip-permuted"}).permuted is not None

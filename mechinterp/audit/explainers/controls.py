@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
-from mechinterp.audit.dictionary import training_record
-from mechinterp.errors import UsageError
+from mechinterp.audit.dictionary import model_folder, training_record
+from mechinterp.errors import MechInterpError, UsageError
 from mechinterp.models import HookedVLM
 
 __all__ = ["Controls", "controls_of"]
@@ -32,13 +32,31 @@ def controls_of(
 ) -> Controls:
     """The models that somebody names, else those in `controls` of the model's own training.json, by name or folder.
 
-    Raises UsageError when a model is named as its own control.
+    A folder in training.json may be relative to the model's own. Raises UsageError when a model is named as its own
+    control, and when one that training.json names does not open.
     """
     said = training_record(model).get("controls")
     known = said if isinstance(said, dict) else {}
     wanted = {f.name: (named or {}).get(f.name) or known.get(f.name) for f in fields(Controls)}
-    made = {key: load(str(name)) for key, name in wanted.items() if name}
+    made = {}
+    for key, name in wanted.items():
+        if name and (named or {}).get(key):
+            made[key] = load(str(name))
+        elif name:
+            made[key] = _recorded(model, load, key, str(name))
     for key, other in made.items():
         if other.sha256 == model.sha256:
             raise UsageError("is the model itself", where=f"--{key} {wanted[key]}", hint="name another model")
     return Controls(**made)
+
+
+def _recorded(model: HookedVLM, load: Callable[[str], HookedVLM], key: str, name: str) -> HookedVLM:
+    folder = model_folder(model)
+    beside = folder / name if folder else None
+    try:
+        return load(str(beside) if beside and beside.is_dir() else name)
+    except MechInterpError as error:
+        hint = f"name another with --{key}, or take it out of the file"
+        raise UsageError(
+            f"names {name!r}, which does not open: {error}", where=f"training.json: controls.{key}", hint=hint
+        ) from error
