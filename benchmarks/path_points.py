@@ -1,6 +1,6 @@
 """How many points integrated gradients need: Gauss-Legendre's, and those put where the score turns.
 
-`python -m benchmarks.path_points` (2 CPU minutes): three images of three findings, both CLIPs on phantoms, an image and
+`python -m benchmarks.path_points` (5 CPU minutes): three images of three findings, both CLIPs on phantoms, an image and
 two copies each, every patch moved by 5 %. The largest error of any element, as a share of the difference of the scores
 of input and reference, against 120 Gauss-Legendre points. `benchmarks/results/path-points.json`.
 """

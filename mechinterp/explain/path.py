@@ -31,10 +31,8 @@ Rule = tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]
 
 PILOT = 33
 FIT = 1e-5  # relative; scores are float32
-NEAREST, FARTHEST = (
-    0.02,
-    3.0,
-)  # poles nearer are artefacts of rounding; those of larger Bernstein ellipses do not matter
+NEAREST = 0.02  # poles nearer to the path are artefacts of rounding
+FARTHEST = 3.0  # Bernstein ellipse of poles too far to matter
 LEAST = 1e-4  # of the range of the scores: residues below it are artefacts too
 WIDTHS = (0.7, 1.0, 1.5, 2.2, 3.3)
 
