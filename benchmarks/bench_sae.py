@@ -62,14 +62,14 @@ def run_long() -> Iterator[list[Row]]:
 
 
 def run_peers() -> Iterator[list[Row]]:
-    """Speed of TopK and BatchTopK beside every other package: `python -m benchmarks.bench_sae peers`.
+    """Speed of each kind beside every other package: `python -m benchmarks.bench_sae peers`.
 
-    About 8 CPU minutes. Yields the rows so far after each kind.
+    About 12 CPU minutes. Yields the rows so far after each kind.
     """
     rows: list[Row] = []
     for d in SIZES:
         batches = [next(stream) for stream in [structured(d, seed=0)] for _ in range(3)]
-        for kind in ("topk", "batchtopk"):
+        for kind in KINDS:
             rows += _speed(kind, d, batches, repeats=3)
             yield rows
 

@@ -16,11 +16,10 @@ from saes.config import (
     TopKConfig,
     TranscoderConfig,
 )
-from saes.engine import select
 from saes.engine.codes import DenseCodes, SparseCodes
 from saes.engine.gates import gated, jumprelu
 from saes.engine.inference import inference
-from saes.engine.product import product
+from saes.engine.product import Products
 from saes.engine.select import Encoder
 from saes.engine.step import gradients
 from saes.engine.trainer import Trainer
@@ -136,11 +135,22 @@ def test_sparse_and_dense_gates_agree(config, monkeypatch):
     assert torch.equal(found[0][2], found[1][2])
 
 
-@pytest.mark.parametrize("block", [7, 64, 1000])
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads() == request.param  # workers with one thread each have left it alone
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("openblas", [True, False])
+@pytest.mark.parametrize("entries", [700, 10**6])
 @pytest.mark.parametrize(("width", "k"), [(64, 3), (1000, 5), (513, 16), (40, 20)])
-def test_choice_is_that_of_torch_topk(width, k, block, monkeypatch):
-    monkeypatch.setattr(select, "LEAST", block)
-    monkeypatch.setattr(select, "ENTRIES", 0)
+def test_choice_is_that_of_torch_topk(width, k, entries, openblas, threads, monkeypatch):
+    monkeypatch.setattr("saes.engine.product._openblas_is_faster", lambda: openblas)
+    monkeypatch.setattr("saes.engine.product.ROWS", 7)
+    monkeypatch.setattr("saes.engine.product.ENTRIES", entries)
     torch.manual_seed(width)
     W, b, encoder = torch.randn(width, 8), torch.randn(width), Encoder()
     W[: width // 2] *= 30  # the large ones sit together
@@ -163,21 +173,47 @@ def test_choice_is_that_of_torch_topk(width, k, block, monkeypatch):
 
 
 @pytest.mark.parametrize("openblas", [True, False])
-def test_either_library_makes_the_same_product(openblas, monkeypatch):
+def test_tiles_are_the_product_in_order(openblas, threads, monkeypatch):
     asked = []
     monkeypatch.setattr("saes.engine.product._openblas_is_faster", lambda: openblas)
+    monkeypatch.setattr("saes.engine.product.ROWS", 4)
+    monkeypatch.setattr("saes.engine.product.ENTRIES", 60)
     monkeypatch.setattr("numpy.matmul", lambda *a, matmul=np.matmul, **b: asked.append(1) or matmul(*a, **b))
     torch.manual_seed(0)
-    x, W, threads = torch.randn(9, 7), torch.randn(30, 7), torch.get_num_threads()
+    x, W, wanted = torch.randn(11, 7), torch.randn(30, 7), torch.empty(11, 30).fill_(torch.inf)
     x[2, 3] = torch.nan
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        try:
-            found = product(x, W, torch.empty(20, 30)[:9])
-        finally:
-            torch.set_num_threads(threads)
-        torch.testing.assert_close(found, x @ W.T, equal_nan=True)
-    assert len(asked) == openblas  # with one thread only
+
+    def use(first, rows, tiles):
+        at = [wanted[first : first + rows, begin : begin + tile.shape[1]].copy_(tile) for begin, tile in tiles]
+        return first, len(at), torch.get_num_threads()
+
+    found = Products().each(x, W, use)
+    assert found is not None
+    torch.testing.assert_close(wanted, x @ W.T, equal_nan=True)
+    firsts, tiles, alone = zip(*found, strict=True)
+    assert list(firsts) == sorted(firsts) and len(firsts) > 2 and min(tiles) > 1 and set(alone) == {1}
+    assert bool(asked) == openblas
+
+
+def test_what_is_not_wanted_of_some_rows_stops_the_rest(threads, monkeypatch):
+    monkeypatch.setattr("saes.engine.product.ROWS", 1)
+    monkeypatch.setattr("saes.engine.product.ENTRIES", 1)
+    seen = []
+    assert Products().each(torch.ones(500, 2), torch.ones(3, 2), lambda first, *_: seen.append(first)) is None
+    assert 1 <= len(seen) <= threads
+    x = torch.ones(50, 2)  # a refusal of the last rows alone counts too
+    assert Products().each(x, torch.ones(3, 2), lambda first, *_: None if first == 49 else first) is None
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_same_threads_same_bytes(kind, threads, monkeypatch):
+    monkeypatch.setattr("saes.engine.product.ROWS", 8)
+    monkeypatch.setattr("saes.engine.product.ENTRIES", 8 * 40 * threads)
+    config, batches = AS_OURS[kind], toy(20 * ROWS, 0).split(ROWS)
+    first, again = (Trainer(config, D, batches[0].mean(0), len(batches), seed=3) for _ in range(2))
+    for batch in batches:
+        assert first.step(batch) == again.step(batch)
+    assert all(torch.equal(first.weights[name], again.weights[name]) for name in first.weights)
 
 
 def test_few_positive_entries_and_ties():
@@ -210,7 +246,9 @@ def test_a_guess_that_was_too_high_changes_nothing():
     assert torch.equal(value, wanted) and torch.equal(codes.latent, again.latent) and torch.equal(codes.row, again.row)
 
 
-def test_products_of_codes():
+@pytest.mark.parametrize("part", [1, 15, 35, 2**20])
+def test_products_of_codes(part, monkeypatch):
+    monkeypatch.setattr("saes.engine.codes.PART", part)  # 1, 3, 7 of the 20 latents at a time, all
     torch.manual_seed(0)
     mask = torch.rand(9, 20) < 0.3
     mask[4], mask[:, 6] = False, False
@@ -220,7 +258,7 @@ def test_products_of_codes():
     v = V[mask]
     torch.testing.assert_close(sparse.decode(v, W), dense.decode(V, W))
     torch.testing.assert_close(sparse.pair(X, W), dense.pair(X, W)[mask])
-    torch.testing.assert_close(sparse.gather(v, X), dense.gather(V, X))
+    torch.testing.assert_close(sparse.gather(v, X, torch.empty(20, 5)), dense.gather(V, X, torch.empty(20, 5)))
     torch.testing.assert_close(sparse.total(v), dense.total(V))
     torch.testing.assert_close(sparse.row_total(v), dense.row_total(V))
     assert torch.equal(sparse.take(W[:, 0]), dense.take(W[:, 0]).expand(9, 20)[mask])

@@ -53,7 +53,8 @@ def jumprelu(
     loss = error.square().sum().item() / len(x) + weight * penalty.mean().item()
     to_threshold = -near * (jump * into + codes.of_rows(slope) * (weight / len(x))) / width
     into = into * active
-    result = {"W_dec": codes.gather(value, flow), "enc": codes.gather(into, read), "b_enc": codes.total(into)}
+    result = {"W_dec": codes.gather(value, flow, encoder.kept("W_dec", W_dec))}
+    result |= {"enc": codes.gather(into, read, encoder.kept("enc", weights["enc"])), "b_enc": codes.total(into)}
     result["b_dec"] = flow.sum(0) - result["b_enc"] @ weights["enc"]
     result["threshold"] = codes.total(to_threshold)
     return loss, result, codes.total(active) > 0
@@ -84,8 +85,11 @@ def gated(config: GatedConfig, weights: Weights, x: Float[Tensor, "row d"], warm
     scaled = to_magnitude * codes.take(gain)
     into = scaled + to_gate
     per_norm = (used / norm.clamp(min=1e-12))[:, None] * W_dec * (weight / rows)
-    result = {"W_dec": codes.gather(value, flow) + codes.gather(gate, flow_gate) + per_norm}
-    result |= {"enc": codes.gather(into, read), "b_enc": codes.total(to_gate), "b_mag": codes.total(to_magnitude)}
+    by_magnitude = codes.gather(value, flow, encoder.kept("W_dec", W_dec))
+    by_gate = codes.gather(gate, flow_gate, encoder.kept("W_dec of the gate", W_dec))
+    result = {"W_dec": by_magnitude.add_(by_gate).add_(per_norm)}
+    result |= {"enc": codes.gather(into, read, encoder.kept("enc", weights["enc"])), "b_enc": codes.total(to_gate)}
+    result |= {"b_mag": codes.total(to_magnitude)}
     result["r_mag"] = codes.total(scaled * inner)
     result["b_dec"] = flow.sum(0) + flow_gate.sum(0) - codes.total(into) @ weights["enc"]
     return loss, result, codes.total((value > 0).to(value)) > 0

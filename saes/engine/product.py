@@ -1,42 +1,155 @@
-"""The dense encoder product, by the faster of the two BLAS libraries that are at hand.
+"""The dense encoder product in tiles, each handed on while it is in the cache.
+
+A tile is some rows by some latents. With several threads each takes whole rows and works on their tiles alone, with one
+thread of BLAS: what follows the product (the choice of its largest entries, in NumPy) is then shared out too, and
+nothing waits between the two.
 
 torch brings Intel's MKL, NumPy its own OpenBLAS. On AMD processors OpenBLAS does this product in about nine tenths of
-MKL's time (Zen 3, one thread, every size of `benchmarks/bench_sae.py`), so it is taken there. Two libraries with a pool
-of threads each would be in each other's way: with more than one thread the product stays with torch.
+MKL's time at d = 256 and 768 (Zen 3, latents x16; at d = 128 it needs up to a tenth more), so it is taken there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-__all__ = ["product"]
+__all__ = ["Products"]
+
+T = TypeVar("T")
+
+Tiles = Iterator[tuple[int, Float[Tensor, "row latent"]]]
+"""Number of the first latent, and the tile; the next tile overwrites it."""
+
+ROWS = 1024
+"""Rows of a tile on a CPU, if there are as many for each thread: the product then runs at full speed."""
+
+ENTRIES = 2**22
+"""Entries of the tiles of all threads: 16 MiB, which a last-level cache holds."""
 
 
-def product(
+class Products:
+    """`x @ W.T` in tiles. Its buffers are kept from call to call."""
+
+    def __init__(self):
+        self._buffers = torch.empty(0, 0)
+
+    def each(
+        self,
+        x: Float[Tensor, "row d"],
+        W: Float[Tensor, "latent d"],
+        use: Callable[[int, int, Tiles], T | None],
+        least: int = 1,
+    ) -> list[T] | None:
+        """What `use` makes of some rows, in the order of the rows.
+
+        Args:
+            x, W: what to multiply.
+            use: is given the number of the first row, how many rows they are, and their tiles in the order of the
+                latents. It is called by several threads at once; a torch operation in it has one thread then.
+            least: how many latents a tile has at least, the last one of a row excepted.
+
+        Returns None as soon as `use` gives None for some rows.
+        """
+        threads = torch.get_num_threads() if x.device.type == "cpu" else 1
+        rows, latents = _tile(x, len(W), threads, least)
+        firsts = range(0, len(x), rows)
+        threads = min(threads, len(firsts))
+        if self._buffers.shape != (threads, rows * latents) or self._buffers.device != x.device:
+            self._buffers = torch.empty(threads, rows * latents, device=x.device)
+        free: SimpleQueue[Tensor] = SimpleQueue()
+        for buffer in self._buffers:
+            free.put(buffer)
+        stopped = False
+
+        def made(first: int) -> T | None:
+            nonlocal stopped
+            if stopped:
+                return None
+            buffer, part = free.get(), x[first : first + rows]
+            try:
+                found = use(first, len(part), _tiles(part, W, latents, buffer))
+            finally:
+                free.put(buffer)
+            if found is None:  # set and never cleared: two threads may be here at once
+                stopped = True
+            return found
+
+        with _one_thread_of_openblas() if _by_openblas(x, W) else nullcontext():
+            if threads == 1:
+                found = [made(first) for first in firsts]
+            else:
+                with _single_threads(threads) as pool:
+                    found = list(pool.map(made, firsts))
+        whole = [one for one in found if one is not None]
+        return whole if len(whole) == len(found) else None
+
+
+def _tile(x: Tensor, width: int, threads: int, least: int) -> tuple[int, int]:
+    """Rows and latents of a tile."""
+    if x.device.type != "cpu":
+        return len(x), width
+    entries = ENTRIES // threads
+    rows = min(max(ROWS, entries // width), -(-len(x) // threads))
+    return rows, min(width, max(least, entries // rows))
+
+
+def _tiles(x: Float[Tensor, "row d"], W: Float[Tensor, "latent d"], latents: int, buffer: Tensor) -> Tiles:
+    for first in range(0, len(W), latents):
+        part = W[first : first + latents]
+        yield first, _product(x, part, buffer[: len(x) * len(part)].view(len(x), len(part)))
+
+
+@contextmanager
+def _single_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which a torch operation has one thread of its own: that many are set while they begin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def _product(
     x: Float[Tensor, "row d"], W: Float[Tensor, "latent d"], out: Float[Tensor, "row latent"]
 ) -> Float[Tensor, "row latent"]:
     """`x @ W.T`, written to `out`."""
-    plain = x.device.type == "cpu" and x.dtype == W.dtype == torch.float32
-    if plain and torch.get_num_threads() == 1 and _openblas_is_faster():
+    if _by_openblas(x, W):
         with np.errstate(all="ignore"):  # what is not finite is found by its loss
             np.matmul(x.numpy(), W.numpy().T, out=out.numpy())
         return out
     return torch.mm(x, W.T, out=out)
 
 
+def _by_openblas(x: Tensor, W: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == W.dtype == torch.float32 and _openblas_is_faster()
+
+
 @cache
 def _openblas_is_faster() -> bool:
-    """Whether the processor is AMD's and NumPy's OpenBLAS runs on one thread. The same in every run on a machine."""
+    """Whether the processor is AMD's and NumPy brings OpenBLAS. The same in every run on a machine."""
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists() or "AuthenticAMD" not in cpuinfo.read_text():
-        return False
-    from threadpoolctl import threadpool_info
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text() and len(_openblas()) == 1
 
-    pools = [pool for pool in threadpool_info() if pool["internal_api"] == "openblas" and "numpy" in pool["filepath"]]
-    return [pool["num_threads"] for pool in pools] == [1]
+
+@cache
+def _openblas() -> ThreadpoolController:
+    pools = ThreadpoolController().select(internal_api="openblas")
+    files = [pool["filepath"] for pool in pools.info() if "numpy" in pool["filepath"]]
+    return pools.select(filepath=files)
+
+
+def _one_thread_of_openblas():
+    return _openblas().limit(limits=1)

@@ -1,10 +1,11 @@
 """From rows to codes: the dense encoder product, and which of its entries are in play.
 
-The product is made a block of rows at a time, so that it never leaves the cache before its entries are chosen. On a
-CPU `torch.topk` over a whole row costs more than half of the product itself; here
+The product is made in tiles (`product.py`), so that it never leaves the cache before its entries are chosen. On a CPU
+`torch.topk` over a whole row costs more than half of the product itself; here
 
-- top k of each row: the maxima of some 2k groups of latents are taken (vectorised), and the k-th largest of them is a
-  lower bound of the k-th largest entry. Few more than k entries reach it, and the exact choice is made among those;
+- top k of each row: the maxima of some groups of latents are taken (vectorised), and the k-th largest of them is a
+  lower bound of the k-th largest entry, which rises from tile to tile. Few more than k entries reach it, and the exact
+  choice is made among those;
 - top k of the batch: entries above a guess (what the last batch's bound says, lowered) are collected, and the exact
   bound is found among them. A guess that was too high is lowered and the product made again.
 
@@ -13,7 +14,7 @@ Either way the choice is the one that `torch.topk` makes, up to ties. The guess 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,27 +22,37 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from saes.engine.codes import SparseCodes
-from saes.engine.product import product
+from saes.engine.product import Products, Tiles
 
 __all__ = ["Encoder"]
 
-LEAST = 512
-"""Rows that a block has at least on a CPU: the product then runs at full speed."""
+Found = tuple[Int64[Tensor, " code"], Int64[Tensor, " code"], Float[Tensor, " code"]]
+"""Rows, latents and values of codes, by row and latent."""
 
-ENTRIES = 2**22
-"""Entries of a block where that is more rows: 16 MiB, which a last-level cache holds."""
+GROUPS = 4
+"""Groups of latents for each entry that is wanted of a row: with more, fewer entries reach the bound."""
+
+SAMPLE = 512
+"""Rows that a first guess is made from."""
 
 MARGIN = 0.9
 """How far below the last batch's bound the guess is."""
 
 
 class Encoder:
-    """`x @ W.T` in blocks, with its buffers and the last bound kept between steps."""
+    """The choice among the entries of `x @ W.T`, with its buffers and the last bound kept between steps."""
 
     def __init__(self):
-        self._buffer = torch.empty(0, 0)
+        self._products = Products()
         self._scaled = torch.empty(0, 0)
         self._guess = -1.0
+        self._kept: dict[str, Tensor] = {}
+
+    def kept(self, name: str, like: Tensor) -> Tensor:
+        """Room for a tensor of that shape, the same memory in each step."""
+        if name not in self._kept or self._kept[name].shape != like.shape or self._kept[name].device != like.device:
+            self._kept[name] = torch.empty_like(like)
+        return self._kept[name]
 
     def row_topk(
         self,
@@ -58,10 +69,11 @@ class Encoder:
         torch.mul(W, gain[:, None], out=self._scaled[:, :d])
         torch.mul(b, gain, out=self._scaled[:, d])  # a column of ones in x takes b along in the product
         x, W = torch.cat([x, x.new_ones(len(x), 1)], dim=1), self._scaled
-        found = [_row_topk(block, k) for _, block in self._blocks(x, W)]
-        firsts = torch.arange(len(found)) * _rows_of_block(x, len(W))
-        row = torch.cat([row + first for (row, _, _), first in zip(found, firsts.tolist(), strict=True)])
-        latent, value = torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
+        refined = x.device.type == "cpu" and width >= 8 * k
+        choose, least = (_refined, 8 * k) if refined else (_by_topk, width)
+        found = self._products.each(x, W, lambda first, rows, tiles: choose(first, rows, tiles, k), least)
+        assert found is not None  # none was refused
+        row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
         return SparseCodes(row, latent, len(x), len(W)), value
 
     def batch_topk(
@@ -82,7 +94,7 @@ class Encoder:
             found = self._exceeding(x, W, b, guess / gain.clamp(min=1e-30))
             assert found is not None  # no share was asked for
             row, latent, value = found
-            value *= gain[latent]
+            value *= gain.index_select(0, latent)
             if len(value) >= wanted or guess <= 0:
                 break
             guess = guess * 0.5 if guess > 1e-3 else 0.0
@@ -104,7 +116,7 @@ class Encoder:
         bound: Float[Tensor, " latent"],
         share: float,
     ) -> tuple[SparseCodes | None, Float[Tensor, " code"] | Float[Tensor, "row latent"]]:
-        """Entries above their latent's bound; if more than `share` of all are, the dense product and no codes."""
+        """Entries above their latent's bound; the dense product and no codes if some rows have over `share` of them."""
         found = self._exceeding(x, W, b, bound, share)
         if found is None:
             return None, torch.addmm(b, x, W.T)
@@ -113,76 +125,88 @@ class Encoder:
 
     def _first_guess(self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, k: int) -> float:
         """A bound that some `k` entries a row exceed, from the first rows of the batch."""
-        part = x[: _rows_of_block(x, len(W))]
+        part = x[:SAMPLE]
         entries = torch.addmm(b, part, W.T).mul_(gain).reshape(-1)
         return max(0.0, MARGIN * _kth_largest(entries, min(len(entries), k * len(part))))
 
     def _exceeding(
         self, x: Tensor, W: Tensor, b: Tensor, bound: Float[Tensor, " latent"], share: float = 1.0
-    ) -> tuple[Int64[Tensor, " code"], Int64[Tensor, " code"], Float[Tensor, " code"]] | None:
+    ) -> Found | None:
         """Row, latent and value of the entries of `x @ W.T + b` above their latent's bound.
 
-        None if a block has more than a share of them. The product goes without `b`, which moves the bound instead.
+        None if some rows have more than a share of theirs. The product goes without `b`, which moves the bound instead.
         """
-        flats, values = [], []
-        for first, block in self._blocks(x, W):
-            flat = _flatnonzero(block, bound - b)
-            if len(flat) > share * block.numel():
-                return None
-            flats.append(flat + first * len(W))
-            values.append(block.reshape(-1)[flat])
-        row, latent = _unravel(torch.cat(flats), len(x), len(W))
-        return row, latent, torch.cat(values).add_(b[latent])
+        width = len(W)
 
-    def _blocks(self, x: Tensor, W: Tensor) -> Iterator[tuple[int, Float[Tensor, "block latent"]]]:
-        """First row of each block, and its entries of `x @ W.T`; a block is overwritten by the next."""
-        rows = _rows_of_block(x, len(W))
-        if self._buffer.shape != (rows, len(W)) or self._buffer.device != x.device:
-            self._buffer = torch.empty(rows, len(W), device=x.device)
-        for first in range(0, len(x), rows):
-            part = x[first : first + rows]
-            yield first, product(part, W, self._buffer[: len(part)])
+        def exceeding(first: int, rows: int, tiles: Tiles) -> Found | None:
+            found, count = [], 0
+            for begin, tile in tiles:
+                flat = _flatnonzero(tile, (bound - b)[begin : begin + tile.shape[1]])
+                count += len(flat)
+                if count > share * rows * width:
+                    return None
+                row, latent = _unravel(flat, rows, tile.shape[1])
+                found.append((row + first, latent + begin, tile.reshape(-1).take(flat)))
+            return found[0] if len(found) == 1 else _tensors(*_by_row([[p.numpy() for p in parts] for parts in found]))
 
-
-def _rows_of_block(x: Tensor, width: int) -> int:
-    return min(len(x), max(LEAST, ENTRIES // width)) if x.device.type == "cpu" else len(x)
+        found = self._products.each(x, W, exceeding)
+        if found is None:
+            return None
+        row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return row, latent, value.add_(b.index_select(0, latent))
 
 
-def _row_topk(block: Float[Tensor, "row latent"], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, latent and value of the positive ones among each row's `k` largest, by row and latent."""
-    rows, width = block.shape
-    if block.device.type == "cpu" and width >= 8 * k:
-        row, latent, value = _refined(block, k)
-        return torch.from_numpy(row), torch.from_numpy(latent), torch.from_numpy(value)
-    latent = block.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-    value = block.gather(1, latent)
+def _by_topk(first: int, rows: int, tiles: Tiles, k: int) -> Found:
+    """Row, latent and value of the positive ones among each row's `k` largest, by row and latent.
+
+    There are `rows` rows from number `first` on, whose entries are one tile.
+    """
+    [(_, tile)] = tiles
+    latent = tile.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    value = tile.gather(1, latent)
     positive = value > 0
-    row = torch.arange(rows, device=block.device)[:, None].expand(rows, k)
+    row = torch.arange(first, first + rows, device=tile.device)[:, None].expand(rows, k)
     return row[positive], latent[positive], value[positive]
 
 
-def _refined(block: Float[Tensor, "row latent"], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same, chosen among the entries that reach a lower bound of their row's `k`-th largest.
+def _refined(first: int, rows: int, tiles: Tiles, k: int) -> Found:
+    """The same of any tiles, chosen among the entries that reach a lower bound of their row's `k`-th largest.
 
     In numpy, whose `partition` is six times as fast as torch's `topk` here. Raises FloatingPointError on a NaN.
     """
-    rows, width = block.shape
-    groups = 2 * k
-    maxima = block[:, : width // groups * groups].view(rows, -1, groups).amax(1)
-    if bool(maxima.isnan().any()):
-        raise FloatingPointError("an encoder pre-activation is not a number")
-    flat = np.flatnonzero(np.greater_equal(block.numpy(), _kth_of_rows(maxima.numpy(), k)[:, None]))
-    value = block.numpy().reshape(-1)[flat]
-    starts = np.searchsorted(flat, np.arange(rows + 1) * width)
-    row = np.repeat(np.arange(rows), starts[1:] - starts[:-1])
+    largest, found = np.empty((rows, 0), np.float32), []
+    for begin, tile in tiles:
+        largest = _largest(np.concatenate([largest, _maxima(tile, k)], axis=1), k)
+        if np.isnan(largest.sum()):
+            raise FloatingPointError("an encoder pre-activation is not a number")
+        flat = np.flatnonzero(np.greater_equal(tile.numpy(), largest[:, :1]))
+        row = _rows(flat, rows, tile.shape[1])
+        found.append((row, flat - row * tile.shape[1] + begin, tile.numpy().reshape(-1).take(flat)))
+    if len(found) > 1:  # the bound has risen since
+        reach = [np.flatnonzero(value >= largest[:, 0].take(row)) for row, _, value in found]
+        found = [[part.take(at) for part in parts] for parts, at in zip(found, reach, strict=True)]
+    row, latent, value = _by_row(found)
+    keep = _kept(row, value, rows, k)
+    return _tensors(row.take(keep) + first, latent.take(keep), value.take(keep))
+
+
+def _maxima(tile: Float[Tensor, "row latent"], k: int) -> Float[np.ndarray, "row group"]:
+    """Of some 4 k groups of latents, or of groups of 4."""
+    rows, width = tile.shape
+    groups = min(GROUPS * k, max(1, width // 4))
+    return tile[:, : width // groups * groups].view(rows, -1, groups).amax(1).numpy()
+
+
+def _kept(row: np.ndarray, value: np.ndarray, rows: int, k: int) -> np.ndarray:
+    """Which entries, sorted by row, are positive and among the `k` largest of their row. Rows have at least `k`."""
+    starts = np.searchsorted(row, np.arange(rows + 1))
     table = np.full((rows, int((starts[1:] - starts[:-1]).max())), -np.inf, np.float32)
-    table.reshape(-1)[np.arange(len(flat)) + (np.arange(rows) * table.shape[1] - starts[:-1])[row]] = value
-    least = _kth_of_rows(table, k)[row]
+    table.reshape(-1)[np.arange(len(row)) + (np.arange(rows) * table.shape[1] - starts[:-1]).take(row)] = value
+    least = _largest(table, k)[:, 0].take(row)
     keep = (value >= least) & (value > 0)
     if int(np.add.reduceat(keep, starts[:-1], dtype=np.int64).max()) > k:
         keep = _without_surplus(keep, value == least, starts[:-1], row, k)
-    row = row[keep]
-    return row, flat[keep] - row * width, value[keep]
+    return np.flatnonzero(keep)
 
 
 def _without_surplus(keep: np.ndarray, ties: np.ndarray, starts: np.ndarray, row: np.ndarray, k: int) -> np.ndarray:
@@ -193,9 +217,31 @@ def _without_surplus(keep: np.ndarray, ties: np.ndarray, starts: np.ndarray, row
     return keep & (~ties | (number <= (k - above)[row]))
 
 
-def _kth_of_rows(x: Float[np.ndarray, "row entry"], k: int) -> Float[np.ndarray, " row"]:
+def _largest(x: Float[np.ndarray, "row entry"], k: int) -> Float[np.ndarray, "row k"]:
+    """The `k` largest of each row, the least of them first; the others in no order."""
     at = x.shape[1] - k
-    return np.partition(x, at, axis=1)[:, at]
+    return np.partition(x, at, axis=1)[:, at:]
+
+
+def _rows(flat: np.ndarray, rows: int, width: int) -> np.ndarray:
+    """Rows of flat numbers in increasing order; without a division for each."""
+    starts = np.searchsorted(flat, np.arange(rows + 1) * width)
+    return np.repeat(np.arange(rows), starts[1:] - starts[:-1])
+
+
+def _by_row(found: Sequence[Sequence[np.ndarray]]) -> Sequence[np.ndarray]:
+    """Rows, latents and values of several tiles of the same rows, by row and latent; each is sorted already."""
+    if len(found) == 1:
+        return found[0]
+    parts = [np.concatenate(part) for part in zip(*found, strict=True)]
+    row = parts[0]
+    short = (row - row.min(initial=0)).astype(np.uint16) if len(row) else row  # sorted by counting, in linear time
+    order = np.argsort(short, kind="stable")
+    return [part.take(order) for part in parts]
+
+
+def _tensors(row: np.ndarray, latent: np.ndarray, value: np.ndarray) -> Found:
+    return torch.from_numpy(row), torch.from_numpy(latent), torch.from_numpy(value)
 
 
 def _flatnonzero(x: Float[Tensor, "row latent"], bound: Float[Tensor, " latent"]) -> Int64[Tensor, " code"]:

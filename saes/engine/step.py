@@ -104,7 +104,8 @@ def _top(
     to_bias = flow[:, 0].sum(0) * rate
     flow = flow.view(-1, y.shape[1])
     into = parts.pair(flow, W_dec) * rate
-    result = {"W_dec": parts.gather(value * rate, flow), "enc": codes.gather(into, read), "b_enc": codes.total(into)}
+    result = {"W_dec": parts.gather(value * rate, flow, encoder.kept("W_dec", W_dec))}
+    result |= {"enc": codes.gather(into, read, encoder.kept("enc", weights["enc"])), "b_enc": codes.total(into)}
     if "W_skip" in weights:
         result["W_skip"] = (read.T @ flow) * rate
     fired = torch.bincount(codes.latent, minlength=config.width) > 0
