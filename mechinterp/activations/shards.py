@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mechinterp.errors import StorageError
-from mechinterp.storage import atomic_path
+from mechinterp.storage import write_bytes
 
 __all__ = ["Rows", "map_shard", "write_shard"]
 
@@ -42,8 +42,8 @@ class Rows:
 
 def write_shard(path: Path, rows: Rows) -> None:
     """Write one shard atomically. Raises StorageError when the disk refuses."""
-    with atomic_path(path) as partial:
-        save_file({name: np.ascontiguousarray(getattr(rows, name)) for name in _TENSORS}, partial)
+    # not save_file: it writes under a temporary name of its own, which a killed run would leave behind for good
+    write_bytes(path, save({name: np.ascontiguousarray(getattr(rows, name)) for name in _TENSORS}))
 
 
 def map_shard(path: Path, d: int) -> Rows:
