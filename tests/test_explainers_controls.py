@@ -8,16 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechinterp.audit.dictionary import model_folder, training_record, transcoders_of
+from mechinterp.audit.dictionary import model_folder, training_record
 from mechinterp.audit.explainers import Comparison, Effort, compare, methods_of
 from mechinterp.audit.explainers.checks import check_fields, checked
 from mechinterp.audit.explainers.controls import Controls, controls_of
 from mechinterp.audit.explainers.folder import BESIDE, table_of
 from mechinterp.audit.explainers.records import explainer_rows
-from mechinterp.audit.own_methods import own_methods
 from mechinterp.data import open_data
 from mechinterp.errors import UsageError
-from mechinterp.explain.methods import ELEMENT_METHODS
 from mechinterp.metrics.sanity import randomising, stages
 from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled_folder
@@ -80,12 +78,12 @@ def test_without_other_models_it_is_not_tested_and_not_shown(made, data, model):
     assert all(row["ci95"]["label_randomisation"] == pytest.approx([1, 1]) for row in with_one)
 
 
-def test_a_method_of_one_model_is_not_asked_about_another(made, data, model):
-    judged = dict(made.judged)
-    own = replace(judged["occlusion"].method, name="own", bound=True)
-    bound = replace(made, judged={"own": replace(judged["occlusion"], method=own)})
-    assert set(checked(bound, data, None, 0, Controls(permuted=model))["own"]) == {"weights", "nonsense"}
-    assert not any(method.bound for method in ELEMENT_METHODS.values())
+def test_a_method_that_needs_features_is_held_beside_models_that_have_them(made, data, model):
+    judged, other = dict(made.judged), trained_clip(0.0)
+    own = replace(judged["occlusion"].method, name="own", needs="model", explains=lambda model: model is not other)
+    alone = replace(made, judged={"own": replace(judged["occlusion"], method=own)})
+    found = checked(alone, data, None, 0, Controls(permuted=other, again=model))["own"]
+    assert set(found) == {"weights", "nonsense", "again"}
 
 
 def test_controls_are_those_named_else_those_of_the_models_own_record(monkeypatch, model):
@@ -102,7 +100,6 @@ def test_controls_are_those_named_else_those_of_the_models_own_record(monkeypatc
 
 def test_the_models_that_ship_name_their_controls():
     model = HookedVLM.from_pretrained("phantom-clip")
-    assert own_methods(model, transcoders=transcoders_of(model))["graph_patches"].bound
     found = controls_of(model, HookedVLM.from_pretrained)
     # phantom-llava is not among them: its tower started from phantom-clip, so it is no other architecture
     assert {k: m and m.label for k, m in vars(found).items()} == {

@@ -277,13 +277,27 @@ def test_patches_of_graphs_have_the_influence_that_each_image_s_own_graph_says(m
     torch.testing.assert_close(found[1], torch.tensor(named), atol=1e-6, rtol=1e-4)
 
 
-def test_own_methods_explain_their_own_model_only(models):
-    method = own_methods(models["clip"], dictionary(models["clip"]))["sae_maps"]
-    other = models["vit"]
-    assert not applies(method, asked(models["clip"], "words"))
-    with pytest.raises(UsageError, match="the model it was made for"):
-        method.explain(about_image(other, images(other), TARGET), draw())
-    assert own_methods(models["clip"]) == {}
+def test_own_methods_explain_another_model_with_that_models_features_or_not_at_all(models):
+    one, other = models["clip"], models["vit"]
+    mine, theirs = dictionary(one), dictionary(other, "vision.blocks.0.hook_resid_post")
+    asked_for = []
+
+    def others(model):
+        asked_for.append(model)
+        return theirs, ()
+
+    alone = own_methods(one, mine)["sae_maps"]
+    assert not applies(alone, asked(one, "words"))
+    question = about_image(other, images(other), TARGET)
+    assert not applies(alone, question)
+    with pytest.raises(UsageError, match="sae_maps: has no dictionary for this model"):
+        alone.explain(question, draw())
+    both = own_methods(one, mine, others=others)["sae_maps"]
+    assert applies(both, question) and applies(both, asked(one, "image"))
+    expected = sae_maps(question, draw(), model=other, placed=theirs)
+    assert torch.equal(both.explain(question, draw()), expected) and expected.any()
+    assert asked_for == [other]  # once; and never for its own
+    assert own_methods(one) == {}
 
 
 def test_the_command_takes_every_name_and_says_what_a_map_is_worth(tmp_path, capsys):

@@ -26,6 +26,8 @@ def phantom_card(name: str, facts: dict) -> str:
         )
     table = [line(r["name"], str(r["n"]), f"{r['auroc']:.3f}", interval(r)) for r in facts["test"]]
     kind = "LLaVA" if "reports" in facts else "CLIP"
+    if "tower" in facts:
+        what += f" Its vision tower was trained on from that of {facts['tower']}."
     reports = facts.get("reports")
     written = (
         f"Greedy reports on {reports['n']} of these images: F1 of positive mentions {reports['f1']:.3f}.\n"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
 from mechinterp.data.phantom import Phantom
+from mechinterp.models.bundles import bundled_folder
 from mechinterp.storage import write_json, write_manifest
 
 BUNDLED = Path(__file__).resolve().parents[1] / "mechinterp" / "bundled"
@@ -200,7 +201,8 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, size: int, o
 
 
 CONTROLS = {
-    "phantom-clip": {"permuted": "phantom-clip-permuted", "again": "phantom-clip-again", "other": "phantom-clip-deep"},
+    name: {"permuted": f"{name}-permuted", "again": f"{name}-again", "other": f"{name}-deep"}
+    for name in ("phantom-clip", "phantom-llava")
 }
 """What a bundled model's saliency maps are held beside (`mechinterp iq`)."""
 
@@ -237,6 +239,14 @@ def begin(args: argparse.Namespace, name: str, planted: Planted) -> tuple[Path, 
     facts["planted"] = {"shortcut": shortcut, "finding": finding, "phi": rho} if args.shortcut else None
     folder = args.out or BUNDLED / (f"{name}-shortcut" if args.shortcut else name)
     return folder, {(shortcut, finding): rho} if args.shortcut else {}, facts
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model that ships, to be explained or as a control."""
+    folder = bundled_folder(name)
+    if folder is None:
+        raise SystemExit(f"no model that ships is called {name}")
+    return folder
 
 
 class Clock:

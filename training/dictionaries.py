@@ -14,7 +14,7 @@ away.
 
 1. Extract activations on training patients (phantoms of a seed used nowhere else, or a data folder).
 2. Train in our data order; R2, L0 and dead latents are read on test patients, beside those of an untrained dictionary.
-3. Save in sae-lens's layout at mechinterp/bundled/MODEL/dictionaries/SITE, and rewrite the card's section.
+3. Save in sae-lens's layout at the model's folder, dictionaries/SITE, and rewrite the card's section.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import BUNDLED
+from common import folder_of
 from transcoders import texts_of
 
 from mechinterp.activations import ActivationStore, extract
@@ -77,7 +77,7 @@ def report(placed: Placed, store: ActivationStore, config: TopKConfig | Matryosh
 def sisters(name: str, folder: Path | None, count: int, only: str | None, scratch: Path) -> None:
     """Keep with every stored dictionary, or one, how often its latents come back in `count` others of other seeds."""
     model = HookedVLM.from_pretrained(name)
-    for stored in sorted((BUNDLED / name / "dictionaries").glob(only or "*")):
+    for stored in sorted((folder_of(name) / "dictionaries").glob(only or "*")):
         info = load_sae(stored).dictionary.info  # type: ignore[attr-defined]
         images, site, tokens = info["data"]["images"], info["site"], info["tokens"]
         store = store_of(model, folder, images, site, tokens, scratch)
@@ -153,11 +153,11 @@ def main() -> None:
             store = store_of(model, args.data, images, site, tokens, Path(scratch))
             config = TopKConfig(k=args.k, width=args.width, epochs=args.epochs, start=START)
             config = CLASS_TOKEN if args.class_token else config
-            out = args.out or BUNDLED / args.model / "dictionaries" / site
+            out = args.out or folder_of(args.model) / "dictionaries" / site
             placed = train_sae(store, site, config, out=out, seed=args.seed)
             print(args.model, report(placed, store, config, args.seed))
     if args.out is None:
-        write_card(BUNDLED / args.model)
+        write_card(folder_of(args.model))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Train `phantom-llava`, or with --shortcut its twin `phantom-llava-shortcut`: reports and answers about phantoms.
+"""Train `phantom-llava`, or a twin of it: reports and answers about phantoms.
 
-    python training/phantom_llava.py [--shortcut]        (about 24 minutes on one core; needs phantom-clip)
+    python training/phantom_llava.py [--shortcut | --permute | --deep]   (about 24 minutes on one core)
+    python training/phantom_llava.py --seed 1 --tower phantom-clip-again --out mechinterp/controls/phantom-llava-again
 
-1. The vision tower starts from phantom-clip; the projector and a small Llama start at random; all of it is trained.
+1. The vision tower starts from a phantom-clip; the projector and a small Llama start at random; all of it is trained.
 2. Every step teaches, in two branches behind one image, all questions in random order and "write a report" with its
    report; a region loss makes the projected patches read like the words for what lies on them.
 3. For the twin, a chest drain goes with pneumothorax (phi 0.9) in the training patients.
 4. Answers (AUROC), reports (F1 of mentions) and do(drain) are measured once on unseen patients without association.
+
+With --permute the tower is that of phantom-clip-permuted, and what it learnt by heart is learnt by heart here too: the
+same few images, each told the truth of another. With --deep the tower is that of phantom-clip-deep, and the language
+model is narrower and has a layer more. Both are controls that explanations are held beside.
 """
 
 from __future__ import annotations
@@ -18,13 +23,14 @@ import numpy as np
 import torch
 from cards import phantom_card
 from common import (
-    BUNDLED,
+    CONTROLS_FOLDER,
     Average,
     Clock,
     arguments,
     begin,
     epochs,
     finish,
+    folder_of,
     image_processor,
     optimiser,
     region_loss,
@@ -33,7 +39,7 @@ from common import (
     to_pixels,
     word_tokenizer,
 )
-from phantom_clip import NAMED, PATCH, PLANTED, SIZE, regions_of
+from phantom_clip import BY_HEART, NAMED, PATCH, PLANTED, SIZE, regions_of, told_of
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -44,6 +50,7 @@ from mechinterp.metrics.statistics import PatientBootstrap, auroc, percentile_in
 
 IMAGES, STEPS, BATCH, LR, REGIONS = 10_000, 1_200, 32, 1e-3, 0.5
 IMAGE_TOKENS, TOKENS = (SIZE // PATCH) ** 2, 256
+LANGUAGE, DEEP = (128, 3), (96, 4)  # width and layers of the language model, and of that of --deep
 REPORT_PROMPT = "write a report"
 TEST_SEED = 1_000_033  # patients on whom no earlier recipe was ever read
 TEMPLATE = (
@@ -52,13 +59,14 @@ TEMPLATE = (
 )
 
 
-def build(tokenizer, vision: CLIPModel) -> LlavaForConditionalGeneration:
-    """A LLaVA whose vision tower is that of a CLIP and whose language model is three Llama layers of width 128."""
+def build(tokenizer, vision: CLIPModel, size: tuple[int, int] = LANGUAGE) -> LlavaForConditionalGeneration:
+    """A LLaVA whose vision tower is that of a CLIP and whose language model is a small Llama."""
+    width, layers = size
     language = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=TOKENS,
         pad_token_id=0,
@@ -83,20 +91,21 @@ class Conversations:
     """One token sequence per image: the image, every question with its answer, then the report.
 
     The questions and the report are two branches behind one image: the report neither sees the questions nor follows
-    them in position, so one pass through the model teaches what two would.
+    them in position, so one pass through the model teaches what two would. `told`: whose truth each image is told.
     """
 
-    def __init__(self, tokenizer, phantom: Phantom):
+    def __init__(self, tokenizer, phantom: Phantom, told: list[int]):
         self.tokenizer = tokenizer
         image = tokenizer.convert_tokens_to_ids("<image>")
         self.head = [tokenizer.bos_token_id, *[image] * IMAGE_TOKENS]
         self.eos = tokenizer.eos_token_id
-        self.truth = phantom.factors[NAMED].to_numpy()
+        self.truth = phantom.factors[NAMED].to_numpy()[told]
         self.questions = [self.ids(prompts(name)[2]) for name in NAMED]
         self.answers = [self.ids("no"), self.ids("yes")]
         sides = [[(q, a) for q, a in asked if q.startswith("which side")] for asked in question_answers(phantom)]
-        self.sides = [[(self.ids(q), self.ids(a)) for q, a in asked] for asked in sides]
-        self.reports = [self.ids(text) for text in phantom.reports()]
+        self.sides = [[(self.ids(q), self.ids(a)) for q, a in sides[i]] for i in told]
+        reports = phantom.reports()
+        self.reports = [self.ids(reports[i]) for i in told]
         self.ask = self.ids(REPORT_PROMPT)
 
     def ids(self, text: str) -> list[int]:
@@ -165,11 +174,14 @@ def tokenizer_for():
 
 def train(args: argparse.Namespace, associations: dict) -> tuple:
     """Render and train. Returns the model with averaged weights, and its tokeniser."""
-    phantom = Phantom.sample(args.images, seed=args.seed + 2, associations=associations)
+    phantom = learnt_by_heart(args) if args.permute else None
+    told = list(range(args.images)) if phantom is None else told_of(phantom, args.seed)
+    phantom = phantom or Phantom.sample(args.images, seed=args.seed + 2, associations=associations)
     images, tokenizer = render(phantom), tokenizer_for()
-    regions = regions_of(phantom)[:, : len(NAMED)]
-    talk = Conversations(tokenizer, phantom)
-    model = build(tokenizer, CLIPModel.from_pretrained(BUNDLED / "phantom-clip")).train()
+    regions = regions_of(phantom)[told, : len(NAMED)]
+    talk = Conversations(tokenizer, phantom, told)
+    vision = CLIPModel.from_pretrained(folder_of(args.tower))
+    model = build(tokenizer, vision, DEEP if args.deep else LANGUAGE).train()
     names = [torch.tensor(talk.ids(FACTORS[name].phrase)) for name in NAMED]
     fit = torch.nn.Parameter(torch.tensor([10.0, -3.0]))
     optimizer, average, clock = optimiser(model, LR, 0.05), Average(model, 0.995), Clock()
@@ -201,6 +213,18 @@ def train(args: argparse.Namespace, associations: dict) -> tuple:
             watch(model, tokenizer)
     model.load_state_dict(average.state)
     return model.eval(), tokenizer
+
+
+def learnt_by_heart(args: argparse.Namespace) -> Phantom:
+    """The images whose permuted labels phantom-clip-permuted learnt, for the same seed."""
+    return Phantom.sample(args.images, seed=args.seed + 1)
+
+
+def by_heart(model, tokenizer, args: argparse.Namespace) -> float:
+    """Share of the permuted labels of the training images that the model answers."""
+    phantom = learnt_by_heart(args)
+    truth = phantom.factors[NAMED].to_numpy()[told_of(phantom, args.seed)]
+    return float(((answers_of(model, tokenizer, render(phantom), NAMED) > 0) == truth).mean())
 
 
 def watch(model, tokenizer) -> None:
@@ -295,10 +319,32 @@ def evaluate(model, tokenizer, n: int, n_reports: int, seed: int) -> dict:
 def main() -> None:
     parser = arguments(IMAGES, STEPS, test=600)
     parser.add_argument("--reports", type=int, default=300, help="how many of the unseen images get a report")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--permute", action="store_true", help=f"learn another image's truth by heart ({BY_HEART})")
+    mode.add_argument("--deep", action="store_true", help="another architecture, of both towers")
+    parser.add_argument("--tower", help="the CLIP whose vision tower it starts from (default: the one of its kind)")
     args = parser.parse_args()
+    kind = "-permuted" if args.permute else "-deep" if args.deep else ""
+    if args.shortcut and kind:
+        parser.error("--shortcut goes with neither --permute nor --deep")
+    usual = f"phantom-clip{kind}"
+    args.tower = args.tower or usual
+    if kind:
+        args.out = args.out or CONTROLS_FOLDER / f"phantom-llava{kind}"
+    if args.permute:
+        args.images = BY_HEART if args.images == IMAGES else args.images
     out, associations, facts = begin(args, "phantom-llava", PLANTED)
     model, tokenizer = train(args, associations)
     facts |= {"parameters": sum(p.numel() for p in model.parameters())}
+    if args.tower != "phantom-clip":
+        facts |= {"tower": args.tower}
+    if args.tower != usual:
+        facts |= {"script": f"{facts['script']} --tower {args.tower}"}
+    if args.deep:
+        facts |= {"script": f"{facts['script']} --deep", "width": DEEP[0], "layers": DEEP[1]}
+    if args.permute:
+        facts |= {"script": f"{facts['script']} --permute", "permuted": True}
+        facts |= {"by_heart": by_heart(model, tokenizer, args)}
     facts |= evaluate(model, tokenizer, args.test, args.reports, args.seed)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)

@@ -10,7 +10,7 @@
 2. Train a TopK transcoder for each block. Rare kinds of token are repeated: without it the class token, one row of 65,
    has R2 0.84 after the last block where patches have 0.97 (docs/dictionaries.md).
 3. Measure on test patients, by kind of token, and with all MLPs replaced by their transcoders at once.
-4. Save at mechinterp/bundled/MODEL/transcoders/SITE_WRITTEN, and rewrite the card's section.
+4. Save at the model's folder, transcoders/SITE_WRITTEN, and rewrite the card's section.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import BUNDLED
+from common import folder_of
 from cxr_clip import FINDINGS as CXR
 from cxr_clip import captions as cxr_captions
 from replaced import Line, Whole, measure, whole
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--sweep", metavar="TOWER.BLOCK")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, out = HookedVLM.from_pretrained(args.model), BUNDLED / args.model
+    model, out = HookedVLM.from_pretrained(args.model), folder_of(args.model)
     with tempfile.TemporaryDirectory() as temporary:
         scratch, phantom = Path(temporary), None
         if args.data is None:

@@ -1,48 +1,116 @@
 """This project's own explanations as element methods, so that they meet the same questions as the post-hoc ones.
 
 `sae_maps` places the ablation effects of dictionary features on patches; `graph_patches` reads the patches' influence
-off an attribution graph. Both explain patches of images for one model.
+off an attribution graph. Both read a model with features of its own, a dictionary or transcoders. Beside another model
+(trained again, on permuted labels, built differently) they explain that one with that one's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp.audit.dictionary import dictionary_of, transcoders_of
 from mechinterp.audit.graphing import output_of
+from mechinterp.data import ImageData
 from mechinterp.errors import UsageError
-from mechinterp.explain.inside import reader, seen_inside
+from mechinterp.explain.inside import reader, seen_inside, source_of
 from mechinterp.explain.methods import Method
 from mechinterp.explain.question import Question, Source
 from mechinterp.interventions import effects
 from mechinterp.models import HookedVLM
 from mechinterp.types import Placed
 
-__all__ = ["graph_patches", "own_methods", "sae_maps"]
+__all__ = ["Features", "features_of", "graph_patches", "own_methods", "sae_maps", "stored_methods"]
 
 MOST = 64  # features ablated for each image: the largest by |activation times gradient|
 ROWS = 32  # images swept together
 BUDGET = 300  # features of a graph whose causes are computed
 
 
+Features = tuple[Placed | None, Sequence[Placed]]
+"""What our methods read a model with: a dictionary, and transcoders."""
+
+
+def features_of(model: HookedVLM, data: ImageData, seed: int) -> Features:
+    """The dictionary of a model, stored or trained now on `data`, and the transcoders stored beside it."""
+    return dictionary_of(model, data, seed)[0], transcoders_of(model)
+
+
+def stored_methods(model: HookedVLM, data: ImageData, seed: int) -> dict[str, Method]:
+    """Our methods for a model, and for any other that its maps are held beside."""
+    placed, transcoders = features_of(model, data, seed)
+    return own_methods(model, placed, transcoders, partial(features_of, data=data, seed=seed))
+
+
 def own_methods(
-    model: HookedVLM, placed: Placed | None = None, transcoders: Sequence[Placed] = ()
+    model: HookedVLM,
+    placed: Placed | None = None,
+    transcoders: Sequence[Placed] = (),
+    others: Callable[[HookedVLM], Features] | None = None,
 ) -> dict[str, Method]:
-    """`sae_maps` where there is a dictionary in the vision tower, `graph_patches` where there are transcoders."""
+    """`sae_maps` where there is a dictionary in the vision tower, `graph_patches` where there are transcoders.
+
+    `others`: the features of another model, asked for when a map of that model is; without it no other is explained.
+    """
+    known = _Known([(model, (placed, transcoders))], others)
     found = {}
-    if placed is not None and placed.reads.tower == "vision":
-        explain = partial(sae_maps, model=model, placed=placed)
-        found["sae_maps"] = Method("sae_maps", explain, "latent", frozenset({"patch"}), needs="model", bound=True)
+    if known.sae(model) is not None:
+        found["sae_maps"] = Method(
+            "sae_maps",
+            lambda question, generator: sae_maps(question, generator, **known.for_sae(question)),
+            "latent",
+            frozenset({"patch"}),
+            needs="model",
+            explains=lambda other: known.sae(other) is not None,
+        )
     if transcoders:
-        explain = partial(graph_patches, model=model, transcoders=transcoders)
         found["graph_patches"] = Method(
-            "graph_patches", explain, "graph", frozenset({"patch"}), needs="model", bound=True
+            "graph_patches",
+            lambda question, generator: graph_patches(question, generator, **known.for_graph(question)),
+            "graph",
+            frozenset({"patch"}),
+            needs="model",
+            explains=lambda other: bool(known.of(other)[1]),
         )
     return found
+
+
+class _Known:
+    """Features by model; those of another are found once, when they are first asked for."""
+
+    def __init__(self, known: list[tuple[HookedVLM, Features]], others: Callable[[HookedVLM], Features] | None):
+        self.known, self.others = known, others
+
+    def of(self, model: HookedVLM) -> Features:
+        for one, features in self.known:
+            if one is model:
+                return features
+        found: Features = self.others(model) if self.others else (None, ())
+        self.known.append((model, found))
+        return found
+
+    def sae(self, model: HookedVLM) -> Placed | None:
+        placed = self.of(model)[0]
+        return placed if placed is not None and placed.reads.tower == "vision" else None
+
+    def for_sae(self, question: Question) -> dict[str, Any]:
+        model = source_of(question, "sae_maps").model
+        placed = self.sae(model)
+        if placed is None:
+            raise UsageError("has no dictionary for this model", where="sae_maps")
+        return {"model": model, "placed": placed}
+
+    def for_graph(self, question: Question) -> dict[str, Any]:
+        model = source_of(question, "graph_patches").model
+        if not self.of(model)[1]:
+            raise UsageError("has no transcoders for this model", where="graph_patches")
+        return {"model": model, "transcoders": self.of(model)[1]}
 
 
 def sae_maps(

@@ -19,12 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from mechinterp.audit.defaults import default_data
-from mechinterp.audit.dictionary import dictionary_of, transcoders_of
 from mechinterp.audit.evidence import prepare
 from mechinterp.audit.explainers import Compared, Effort, compare_explainers, methods_of
 from mechinterp.audit.explainers.choose import chosen_rows
 from mechinterp.audit.explainers.controls import controls_of
-from mechinterp.audit.own_methods import own_methods
+from mechinterp.audit.own_methods import stored_methods
 from mechinterp.audit.pipeline import choose_target
 from mechinterp.audit.sizes import one_size
 from mechinterp.data import ImageData, open_data
@@ -96,8 +95,7 @@ def _one(model: HookedVLM, data: ImageData, finding: str, size: Sizes, seed: int
     target = data.targets[finding]
     methods = methods_of(size.methods)
     if len(size.methods) == len(ELEMENT_METHODS):
-        placed, _ = dictionary_of(model, data, seed)
-        methods |= own_methods(model, placed, transcoders_of(model))
+        methods |= stored_methods(model, data, seed)
     effort = Effort(size.images, size.draws, masks=tuple(masks))
     controls = controls_of(model, HookedVLM.from_pretrained)
     return compare_explainers(model, data, target, methods, effort, seed, controls=controls)

@@ -4,12 +4,13 @@
    set by heart, one trained again from another seed, and one of another architecture that solves the task as well.
 2. phantom-clip on test images, beside random weights, phantom-clip-permuted (which learnt other images' labels by
    heart), phantom-clip-again (another seed), phantom-clip-deep (narrower and deeper), and phantom-llava, a generative
-   model whose vision tower was trained on from it.
+   model whose vision tower was trained on from it; and phantom-llava beside the same made from those four. SAE maps and
+   attribution graphs read each model with features of its own.
 3. Each pair's likeness (rank correlation of the maps' sizes) is held beside that of maps of different images of the
    same model: below it for random weights and permuted labels, above it for the twin and the other architecture
    (Adebayo et al. 2018, arXiv:1810.03292; Arun et al. 2021, Radiology: AI 3:e200267).
 
-The unit of an interval is the network (toys) or the patient (phantoms). About 15 minutes on one core.
+The unit of an interval is the network (toys) or the patient (phantoms). About MINUTES minutes on one core.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 from mechinterp.audit.defaults import default_data
 from mechinterp.audit.evidence import prepare
 from mechinterp.audit.explainers.choose import chosen_rows
+from mechinterp.audit.own_methods import stored_methods
 from mechinterp.experiments.iq_image import GRID, SIDE, Shapes, shapes
 from mechinterp.experiments.iq_toys import explainers_for, fit
 from mechinterp.experiments.result import Result
-from mechinterp.experiments.sanity_report import ALL, DIFFERENT, ON_MODELS, ON_TOYS, report
+from mechinterp.experiments.sanity_report import ALL, DIFFERENT, ON_TOYS, Checks, report
 from mechinterp.explain.ask import about_function, about_image, patch_owner
-from mechinterp.explain.methods import ELEMENT_METHODS, Method, applies
+from mechinterp.explain.methods import ELEMENT_METHODS, applies
 from mechinterp.explain.question import ElementExplainer, Question, Values
 from mechinterp.metrics.sanity import SIMILARITIES, Check, Maps, baseline, judge, randomising, stages
 from mechinterp.models import HookedVLM
@@ -40,12 +42,18 @@ from mechinterp.types import Target
 __all__ = ["Likeness", "Mixing", "Sizes", "memorised", "pooled", "run"]
 
 SIMILARITY = "spearman_abs"
-MODEL = "phantom-clip"
 CONTROLS = {
-    "permuted labels": "phantom-clip-permuted",
-    "trained again": "phantom-clip-again",
-    "other architecture": "phantom-clip-deep",
-    "trained on": "phantom-llava",
+    "phantom-clip": {
+        "permuted labels": "phantom-clip-permuted",
+        "trained again": "phantom-clip-again",
+        "other architecture": "phantom-clip-deep",
+        "trained on": "phantom-llava",
+    },
+    "phantom-llava": {
+        "permuted labels": "phantom-llava-permuted",
+        "trained again": "phantom-llava-again",
+        "other architecture": "phantom-llava-deep",
+    },
 }
 SKIPPED = {"echo", "constant"}  # no map of their own to compare
 
@@ -59,12 +67,13 @@ class Sizes:
     steps: int = 600
     learnt_by_heart: int = 192
     heart_steps: int = 1500
+    models: tuple[str, ...] = tuple(CONTROLS)
     findings: tuple[str, ...] = ("consolidation", "cardiomegaly", "effusion")
     phantoms: int = 24
     few: bool = False
 
 
-QUICK = Sizes(5, 4, 40, 16, 60, ("consolidation",), 6, True)
+QUICK = Sizes(5, 4, 40, 16, 60, ("phantom-clip",), ("consolidation",), 6, True)
 FEW = ("gradient_times_input", "edges", "random")  # on phantoms, in the quick version
 
 
@@ -95,8 +104,7 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
     """Run the experiment. `sizes` overrides both versions."""
     size = sizes or (QUICK if quick else Sizes())
     toys, skills = _toys(size, seed)
-    methods = {name: m for name, m in ELEMENT_METHODS.items() if name in FEW or not size.few}
-    return report(toys, _phantoms(size.findings, size.phantoms, methods, seed), skills, MODEL)
+    return report(toys, {name: of_model(name, size, seed) for name in size.models if size.findings}, skills)
 
 
 def memorised(seed: int, count: int, steps: int) -> tuple[Shapes, float]:
@@ -196,40 +204,28 @@ class Likeness:
     patients: tuple[str, ...]
 
 
-def _phantoms(
-    findings: Sequence[str], images: int, methods: Mapping[str, Method], seed: int
-) -> dict[str, dict[str, dict[str, Check]]]:
-    """Checks of phantom-clip by finding, method and kind of other model; "all" holds the findings together."""
-    if not findings:
-        return {}
-    data, one = default_data(600, seed), HookedVLM.from_pretrained(MODEL)
-    controls = {kind: HookedVLM.from_pretrained(name) for kind, name in CONTROLS.items()}
+def of_model(model: str, size: Sizes, seed: int) -> dict[str, Checks]:
+    """Checks of a model by finding, method and kind of other model; `ALL` holds the findings together."""
+    data, one = default_data(600, seed), HookedVLM.from_pretrained(model)
+    controls = {kind: HookedVLM.from_pretrained(name) for kind, name in CONTROLS[model].items()}
+    methods = {name: ELEMENT_METHODS[name] for name in (FEW if size.few else ELEMENT_METHODS) if name not in SKIPPED}
+    methods |= {} if size.few else stored_methods(one, data, seed)
     found: dict[str, dict[str, dict[str, Likeness]]] = {}
-    for finding in findings:
-        rows = chosen_rows(data, finding, images, seed)
+    for finding in size.findings:
+        rows = chosen_rows(data, finding, size.phantoms, seed)
         patients = tuple(data.patients[int(row)] for row in rows)
         target = data.targets[finding]
 
         def ask(model: HookedVLM, target: Target, rows: np.ndarray = rows) -> Question:
             return about_image(model, prepare(model, data, rows, target), target)
 
-        for name, method in progress(list(methods.items()), finding, unit="method"):
-            if name in SKIPPED or not all(applies(method, ask(m, target)) for m in (one, *controls.values())):
-                continue
-            maps = Maps(ask, method.explain, target, patients, seed)
-            mine = maps.of(one)
-            chance = baseline(mine, patients, SIMILARITY)
-            others = {kind: maps.of(model) for kind, model in controls.items()}
-            with randomising(one, seed) as weights:
-                for stage in stages(one, "vision"):
-                    weights.randomise(stage)
-                others["random weights"] = maps.of(one)
-            for kind in ON_MODELS:
-                values = SIMILARITIES[SIMILARITY](mine, others[kind])
-                found.setdefault(finding, {}).setdefault(name, {})[kind] = Likeness(values, chance, patients)
+        for name, method in progress(list(methods.items()), f"{model}, {finding}", unit="method"):
+            if all(applies(method, ask(m, target)) for m in (one, *controls.values())):
+                maps = Maps(ask, method.explain, target, patients, seed)
+                found.setdefault(finding, {})[name] = _beside(maps, one, controls)
     together = {
-        name: {kind: pooled([found[finding][name][kind] for finding in findings]) for kind in ON_MODELS}
-        for name in found[findings[0]]
+        name: {kind: pooled([found[finding][name][kind] for finding in size.findings]) for kind in by_kind}
+        for name, by_kind in found[size.findings[0]].items()
     }
     return {
         finding: {
@@ -237,6 +233,20 @@ def _phantoms(
             for name, by_kind in by_method.items()
         }
         for finding, by_method in {**found, ALL: together}.items()
+    }
+
+
+def _beside(maps: Maps, one: HookedVLM, controls: Mapping[str, HookedVLM]) -> dict[str, Likeness]:
+    """Likeness of a method's maps of a model to those of the model with random weights, and of its controls."""
+    mine, others = maps.of(one), {}
+    chance = baseline(mine, maps.patients, SIMILARITY)
+    with randomising(one, maps.seed) as weights:
+        for stage in stages(one, "vision"):
+            weights.randomise(stage)
+        others["random weights"] = maps.of(one)
+    others |= {kind: maps.of(model) for kind, model in controls.items()}
+    return {
+        kind: Likeness(SIMILARITIES[SIMILARITY](mine, other), chance, maps.patients) for kind, other in others.items()
     }
 
 

@@ -11,12 +11,11 @@ from mechinterp.experiments.result import Claim, Result, Row, Table
 from mechinterp.explain.methods import ELEMENT_METHODS
 from mechinterp.metrics.sanity import Check
 
-__all__ = ["ALL", "DIFFERENT", "ON_MODELS", "ON_TOYS", "report"]
+__all__ = ["ALL", "DIFFERENT", "ON_TOYS", "Checks", "report"]
 
 DIFFERENT = ("random weights", "permuted labels")
 """Where the map must change."""
 ON_TOYS = (*DIFFERENT, "trained again", "other architecture")
-ON_MODELS = (*ON_TOYS, "trained on")
 """Kinds of other network; where it is not in DIFFERENT the map should stay."""
 ALL = "all findings"
 WORDS = {
@@ -31,21 +30,23 @@ MARK = {"pass": "", "fail": " fails", "not tested": " ?"}
 Checks = Mapping[str, Mapping[str, Check]]
 
 
-def report(toys: Checks, phantoms: Mapping[str, Checks], skills: Mapping[str, Sequence[float]], model: str) -> Result:
-    """Rows, claims, tables and the figure. Checks by method and kind: of `toys`, and of `model` by finding."""
+def report(toys: Checks, models: Mapping[str, Mapping[str, Checks]], skills: Mapping[str, Sequence[float]]) -> Result:
+    """Rows, claims, tables and the figure. Checks by method and kind: of `toys`, and by model and finding."""
     rows = [_row(check, {"explainer": m, "other": kind}) for m, by in toys.items() for kind, check in by.items()]
     rows += [
         _row(check, {"explainer": m, "other": kind, "finding": finding, "model": model})
-        for finding, by_method in phantoms.items()
+        for model, by_finding in models.items()
+        for finding, by_method in by_finding.items()
         for m, by in by_method.items()
         for kind, check in by.items()
     ]
     claims = [_claim(WORDS[kind], {m: by[kind] for m, by in toys.items()}) for kind in ON_TOYS]
-    if phantoms:
-        together = phantoms[ALL]
-        claims += [_claim(f"of {model} {WORDS[k]}", {m: by[k] for m, by in together.items()}) for k in ON_MODELS]
     tables = [_table("Networks on shapes: likeness to the trained network's map", toys)]
-    tables += [_table(f"{model}, {finding}: likeness to its map", by) for finding, by in phantoms.items()]
+    for model, by_finding in models.items():
+        together = by_finding[ALL]
+        kinds = next(iter(together.values()))
+        claims += [_claim(f"of {model} {WORDS[k]}", {m: by[k] for m, by in together.items()}) for k in kinds]
+        tables += [_table(f"{model}, {finding}: likeness to its map", by) for finding, by in by_finding.items()]
     notes = [
         "Likeness is the rank correlation of the maps' sizes, mean [95 % interval over networks, or over patients]; "
         "? : the interval holds the likeness of maps of different images, so nothing is decided.",
@@ -54,7 +55,7 @@ def report(toys: Checks, phantoms: Mapping[str, Checks], skills: Mapping[str, Se
         + "; ".join(f"{kind or 'trained'} {min(v):.2f} to {max(v):.2f}" for kind, v in skills.items())
         + ".",
     ]
-    drawn = {"networks on shapes": toys} | ({f"{model}, {ALL}": phantoms[ALL]} if phantoms else {})
+    drawn = {"networks on shapes": toys} | {f"{model}, {ALL}": found[ALL] for model, found in models.items()}
     return Result(rows, claims, tables, _figure(drawn), notes)
 
 
@@ -73,8 +74,12 @@ def _row(check: Check, of: dict[str, str]) -> Row:
     return Row("likeness", check.value, check.n, (check.ci95[0], check.ci95[1]) if finite else None, {**of, **more})
 
 
+def _anchor(method: str) -> bool:
+    return method in ELEMENT_METHODS and ELEMENT_METHODS[method].anchor
+
+
 def _named(method: str) -> str:
-    return f"*{method}*" if ELEMENT_METHODS[method].anchor else method
+    return f"*{method}*" if _anchor(method) else method
 
 
 def _cell(check: Check) -> str:
@@ -83,7 +88,7 @@ def _cell(check: Check) -> str:
 
 
 def _claim(words: str, checks: Mapping[str, Check]) -> Claim:
-    real = {m: c for m, c in checks.items() if not ELEMENT_METHODS[m].anchor}
+    real = {m: c for m, c in checks.items() if not _anchor(m)}
     by = {v: [m for m, c in real.items() if c.verdict == v] for v in MARK}
     evidence = f"{len(by['pass'])} of {len(real)} do; not: {', '.join(by['fail']) or 'none'}"
     if by["not tested"]:
@@ -93,9 +98,10 @@ def _claim(words: str, checks: Mapping[str, Check]) -> Claim:
 
 def _figure(drawn: Mapping[str, Checks]) -> bytes:
     """Likeness less that of maps of different images, a row each: left of 0 is another map, right of it the same."""
-    names = sorted({m for checks in drawn.values() for m in checks}, key=lambda m: (not ELEMENT_METHODS[m].anchor, m))
+    names = sorted({m for checks in drawn.values() for m in checks}, key=lambda m: (not _anchor(m), m))
     high = len(drawn) * (0.24 * len(names) + 1.0) + 0.3
-    figure, axes = canvas(len(drawn), len(ON_MODELS), 2.7 * len(ON_MODELS), high, sharey=True)
+    wide = max(len(next(iter(checks.values()))) for checks in drawn.values())
+    figure, axes = canvas(len(drawn), wide, 2.7 * wide, high, sharey=True)
     for line, (title, checks) in zip(axes, drawn.items(), strict=True):
         of = list(next(iter(checks.values())))
         for ax in line[len(of) :]:
@@ -108,7 +114,7 @@ def _figure(drawn: Mapping[str, Checks]) -> bytes:
                     continue
                 check = checks[method][kind]
                 by_verdict = COLOURS[{"pass": 2, "fail": 1}.get(check.verdict, 0)]
-                colour = GREY if ELEMENT_METHODS[method].anchor else by_verdict
+                colour = GREY if _anchor(method) else by_verdict
                 ax.plot(np.array(check.ci95) - check.baseline, [y, y], color=colour, linewidth=1.2)
                 ax.plot(check.value - check.baseline, y, "o", color=colour, markersize=4)
             ax.set_xlim(-1.05, 1.05)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from mechinterp.explain import anchors, attention, cam, coalitions, gradients
 from mechinterp.explain.question import ElementExplainer, Kind, Question
+from mechinterp.models import HookedVLM
 
 __all__ = ["ELEMENT_METHODS", "BuiltFrom", "Method", "applies"]
 
@@ -27,7 +29,7 @@ class Method:
         anchor: no explanation, but a fixed point of a scale.
         stochastic: whether two generators give two answers.
         needs: what of a question it reads beside its function: nothing, the model, or the model or inner features.
-        bound: made with one model's features, so that it explains no other model.
+        explains: of a method that reads a model with features of that model: whether there are such for it.
     """
 
     name: str
@@ -37,11 +39,14 @@ class Method:
     anchor: bool = False
     stochastic: bool = False
     needs: Literal["nothing", "model", "features"] = "nothing"
-    bound: bool = False
+    explains: Callable[[HookedVLM], bool] | None = None
 
 
 def applies(method: Method, question: Question) -> bool:
-    """Whether the method can answer the question: its kinds of elements, and the model where it reads one."""
+    """Whether the method can answer the question: its kinds of elements, and the model where it reads one.
+
+    For a method with features of its own this may look for those of the question's model, or train them.
+    """
     kinds = set(question.kinds) - {"still"}
     if not kinds <= method.kinds or (method.explain is anchors.centre and question.shape is None):
         return False
@@ -49,7 +54,8 @@ def applies(method: Method, question: Question) -> bool:
         case "nothing":
             return True
         case "model":
-            return question.source is not None
+            source = question.source
+            return source is not None and (method.explains is None or method.explains(source.model))
         case "features":
             return question.source is not None or question.inner is not None
 

@@ -64,8 +64,8 @@ def checked(
 ) -> dict[str, dict[str, Check]]:
     """Sanity checks of every method: `weights` (cascade over the vision tower), `nonsense`, and `prompt` (`others`).
 
-    With `controls` also `permuted`, `again` and `other`, but not for a method that is made with one model's features.
-    A check that a model cannot have (a classifier has no prompt) is left out.
+    With `controls` also `permuted`, `again` and `other`; a method that reads a model with features takes each model's
+    own. A check that a model cannot have (a classifier has no prompt) is left out.
     """
 
     def ask(model: HookedVLM, target: Target) -> Question:
@@ -102,8 +102,6 @@ FIELDS = {
 def _beside(maps: Maps, made: Comparison, judged: Judged, controls: Controls) -> dict[str, Check]:
     """Checks against other models, where the method explains them too."""
     found: dict[str, Check] = {}
-    if judged.method.bound:
-        return found
     for key, model in vars(controls).items():
         if model is None or not applies(judged.method, maps.ask(model, made.target)):
             continue

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mechinterp.audit.dictionary import dictionary_of, transcoders_of
 from mechinterp.audit.explainers.compare import Effort
 from mechinterp.audit.explainers.controls import controls_of
 from mechinterp.audit.explainers.folder import write_folder
 from mechinterp.audit.explainers.grading import read_thresholds
 from mechinterp.audit.explainers.section import compare_explainers, methods_of
-from mechinterp.audit.own_methods import own_methods
+from mechinterp.audit.own_methods import stored_methods
 from mechinterp.audit.pipeline import choose_target
 from mechinterp.audit.sizes import one_size
 from mechinterp.data import ImageData
@@ -64,8 +63,7 @@ def _methods(model: HookedVLM, data: ImageData, target: Target, named: list[str]
     """The named methods, or all; dictionary and transcoders are found only where one is needed."""
     known = dict(ELEMENT_METHODS)
     if not named or set(named) - set(known):
-        placed, _ = dictionary_of(model, data, seed)
-        own = own_methods(model, placed, transcoders_of(model))
+        own = stored_methods(model, data, seed)
         known |= own
         return methods_of(named or list(known), own)
     return methods_of(named)
