@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechinterp.audit.dictionary import model_folder, training_record
+from mechinterp.audit.dictionary import dictionary_of, model_folder, training_record
 from mechinterp.audit.explainers import Comparison, Effort, compare, methods_of
 from mechinterp.audit.explainers.checks import check_fields, checked
 from mechinterp.audit.explainers.controls import Controls, controls_of
@@ -98,19 +98,24 @@ def test_controls_are_those_named_else_those_of_the_models_own_record(monkeypatc
     assert vars(controls_of(model, models.__getitem__)) == {"permuted": None, "again": None, "other": None}
 
 
-def test_the_models_that_ship_name_their_controls():
-    model = HookedVLM.from_pretrained("phantom-clip")
+@pytest.mark.parametrize("name", ["phantom-clip", "phantom-llava"])
+def test_the_models_that_ship_name_their_controls(name):
+    model = HookedVLM.from_pretrained(name)
     found = controls_of(model, HookedVLM.from_pretrained)
-    # phantom-llava is not among them: its tower started from phantom-clip, so it is no other architecture
+    # phantom-llava is none of phantom-clip's: its tower started from phantom-clip, so it is no other architecture
     assert {k: m and m.label for k, m in vars(found).items()} == {
-        "permuted": "phantom-clip-permuted",
-        "again": "phantom-clip-again",
-        "other": "phantom-clip-deep",
+        "permuted": f"{name}-permuted",
+        "again": f"{name}-again",
+        "other": f"{name}-deep",
     }
-    for name in ("phantom-clip-permuted", "phantom-clip-again"):
-        other = HookedVLM.from_pretrained(name)
+    for other in (found.permuted, found.again):
+        assert other is not None
         assert [p.shape for p in other.hf.parameters()] == [p.shape for p in model.hf.parameters()]
-        assert not any(torch.equal(a, b) for a, b in zip(other.hf.parameters(), model.hf.parameters(), strict=True))
+        pairs = zip(other.hf.parameters(), model.hf.parameters(), strict=True)
+        assert not any(torch.equal(a, b) for a, b in pairs if a.unique().numel() > 1)
+    for other in vars(found).values():
+        assert dictionary_of(other, None, 0)[1].startswith("stored with the model")  # type: ignore[arg-type]
+        assert training_record(other).get("by_heart", 1.0) == 1.0  # of permuted labels
 
 
 def test_a_folder_called_like_a_bundled_model_is_not_that_model(tmp_path):

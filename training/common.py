@@ -216,7 +216,7 @@ def finish(out: Path, card: str, facts: dict) -> None:
     print(json.dumps(facts, indent=2, default=str))
 
 
-def arguments(images: int, steps: int, test: int) -> argparse.ArgumentParser:
+def arguments(images: int | None, steps: int, test: int) -> argparse.ArgumentParser:
     """What every script that trains on phantoms can be asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shortcut", action="store_true", help="train the twin that is shown the planted shortcut")

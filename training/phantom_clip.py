@@ -179,7 +179,7 @@ def evaluate(model, tokenizer, n: int, seed: int) -> dict:
 
 
 def main() -> None:
-    parser = arguments(IMAGES, STEPS, test=1000)
+    parser = arguments(None, STEPS, test=1000)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--permute", action="store_true", help=f"learn another image's truth by heart ({BY_HEART})")
     mode.add_argument("--deep", action="store_true", help="another architecture: narrower, the image tower deeper")
@@ -188,8 +188,8 @@ def main() -> None:
         parser.error("--shortcut goes with neither --permute nor --deep")
     if args.deep:
         args.out = args.out or CONTROLS_FOLDER / "phantom-clip-deep"
+    args.images = args.images or (BY_HEART if args.permute else IMAGES)
     if args.permute:
-        args.images = BY_HEART if args.images == IMAGES else args.images
         args.out = args.out or CONTROLS_FOLDER / "phantom-clip-permuted"
     out, associations, facts = begin(args, "phantom-clip", PLANTED)
     model, tokenizer = train(args, associations)

@@ -317,7 +317,7 @@ def evaluate(model, tokenizer, n: int, n_reports: int, seed: int) -> dict:
 
 
 def main() -> None:
-    parser = arguments(IMAGES, STEPS, test=600)
+    parser = arguments(None, STEPS, test=600)
     parser.add_argument("--reports", type=int, default=300, help="how many of the unseen images get a report")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--permute", action="store_true", help=f"learn another image's truth by heart ({BY_HEART})")
@@ -331,8 +331,7 @@ def main() -> None:
     args.tower = args.tower or usual
     if kind:
         args.out = args.out or CONTROLS_FOLDER / f"phantom-llava{kind}"
-    if args.permute:
-        args.images = BY_HEART if args.images == IMAGES else args.images
+    args.images = args.images or (BY_HEART if args.permute else IMAGES)
     out, associations, facts = begin(args, "phantom-llava", PLANTED)
     model, tokenizer = train(args, associations)
     facts |= {"parameters": sum(p.numel() for p in model.parameters())}
