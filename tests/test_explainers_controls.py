@@ -99,7 +99,7 @@ def test_controls_are_those_named_else_those_of_the_models_own_record(monkeypatc
 
 
 @pytest.mark.parametrize("name", ["phantom-clip", "phantom-llava"])
-def test_the_models_that_ship_name_their_controls(name):
+def test_the_models_that_ship_name_their_controls(name, data):
     model = HookedVLM.from_pretrained(name)
     found = controls_of(model, HookedVLM.from_pretrained)
     # phantom-llava is none of phantom-clip's: its tower started from phantom-clip, so it is no other architecture
@@ -114,7 +114,7 @@ def test_the_models_that_ship_name_their_controls(name):
         pairs = zip(other.hf.parameters(), model.hf.parameters(), strict=True)
         assert not any(torch.equal(a, b) for a, b in pairs if a.unique().numel() > 1)
     for other in vars(found).values():
-        assert dictionary_of(other, None, 0)[1].startswith("stored with the model")  # type: ignore[arg-type]
+        assert dictionary_of(other, data, 0)[1].startswith("stored with the model")
         assert training_record(other).get("by_heart", 1.0) == 1.0  # of permuted labels
 
 
