@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from mechinterp.audit.defaults import default_data
+from mechinterp.audit.dictionary import dictionary_of
 from mechinterp.audit.explainers import Compared, Comparison
 from mechinterp.errors import UsageError
 from mechinterp.experiments import run_experiment
 from mechinterp.experiments.iq_multimodal import separate_rbp
-from mechinterp.experiments.iq_sanity import Likeness, memorised, pooled
+from mechinterp.experiments.iq_sanity import Likeness, another_dictionary, memorised, pooled
 from mechinterp.experiments.iq_study import Study
 from mechinterp.experiments.main_report import Found, shortcut_claims
+from mechinterp.experiments.sanity_report import ALL, ON_TOYS, _drawn, report
 from mechinterp.explain.question import Part, Question
+from mechinterp.metrics.sanity import judge
+from mechinterp.models import HookedVLM
 from mechinterp.storage import verify_folder
 
 
@@ -145,3 +150,28 @@ def test_a_part_is_hardened_by_its_own_perturbations_alone():
     hardened = separate_rbp(explain)(question, torch.Generator().manual_seed(0))
     kept = hardened / (plain / plain.sum(1, keepdim=True))  # RBP scales to sum 1 first
     assert torch.allclose(kept[:, 2:], torch.ones(4, 2)) and (kept[:, :2] < 0.9999).all()
+
+
+def test_what_only_one_method_was_held_beside_stands_in_the_table_and_has_no_panel():
+    check = judge("t", "spearman_abs", np.full(6, 0.7), 0.2, [str(i) for i in range(6)], "above")
+    both = dict.fromkeys(("trained again", "random weights"), check)
+    checks = {"sae_maps": {**both, "another dictionary": check}, "lime": both}
+    toys = {"lime": dict.fromkeys(ON_TOYS, check)}
+    made = report(toys, {"a model": {ALL: checks}}, {"": [1.0]})
+    table = next(t for t in made.tables if "a model" in t.title)
+    assert table.header[-1] == "another dictionary" and [line[-1] for line in table.lines] == ["0.70 [0.70, 0.70]", ""]
+    claim = next(c for c in made.claims if "another dictionary" in c.claim)
+    assert claim.holds and claim.evidence.startswith("1 of 1 do")
+    assert _drawn(checks) == ["trained again", "random weights"]
+
+
+def test_another_dictionary_is_of_the_same_kind_and_place_and_not_the_same():
+    model = HookedVLM.from_pretrained("phantom-clip")
+    own, _ = dictionary_of(model, default_data(64), 0)
+    own.dictionary.info["data"]["images"], own.dictionary.info["config"]["epochs"] = 64, 1  # type: ignore[attr-defined]
+    other = another_dictionary(model, own, 1)
+    assert (other.reads, other.writes) == (own.reads, own.writes)
+    assert other.dictionary.W_dec.shape == own.dictionary.W_dec.shape
+    assert other.dictionary.info["tokens"] == own.dictionary.info["tokens"]  # type: ignore[attr-defined]
+    alike = torch.nn.functional.cosine_similarity(other.dictionary.W_dec, own.dictionary.W_dec).abs()
+    assert alike.mean() < 0.5  # latent by latent, they have nothing to do with one another

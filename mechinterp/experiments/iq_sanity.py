@@ -5,41 +5,48 @@
 2. phantom-clip on test images, beside random weights, phantom-clip-permuted (which learnt other images' labels by
    heart), phantom-clip-again (another seed), phantom-clip-deep (narrower and deeper), and phantom-llava, a generative
    model whose vision tower was trained on from it; and phantom-llava beside the same made from those four. SAE maps and
-   attribution graphs read each model with features of its own.
+   attribution graphs read each model with features of its own; SAE maps also the same model with another dictionary.
 3. Each pair's likeness (rank correlation of the maps' sizes) is held beside that of maps of different images of the
    same model: below it for random weights and permuted labels, above it for the twin and the other architecture
    (Adebayo et al. 2018, arXiv:1810.03292; Arun et al. 2021, Radiology: AI 3:e200267).
 
-The unit of an interval is the network (toys) or the patient (phantoms). About MINUTES minutes on one core.
+The unit of an interval is the network (toys) or the patient (phantoms). About half an hour on one core.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechinterp.activations import extract
 from mechinterp.audit.defaults import default_data
+from mechinterp.audit.dictionary import dictionary_of
 from mechinterp.audit.evidence import prepare
 from mechinterp.audit.explainers.choose import chosen_rows
-from mechinterp.audit.own_methods import stored_methods
+from mechinterp.audit.own_methods import own_methods, stored_methods
 from mechinterp.experiments.iq_image import GRID, SIDE, Shapes, shapes
 from mechinterp.experiments.iq_toys import explainers_for, fit
 from mechinterp.experiments.result import Result
 from mechinterp.experiments.sanity_report import ALL, DIFFERENT, ON_TOYS, Checks, report
 from mechinterp.explain.ask import about_function, about_image, patch_owner
-from mechinterp.explain.methods import ELEMENT_METHODS, applies
+from mechinterp.explain.methods import ELEMENT_METHODS, Method, applies
 from mechinterp.explain.question import ElementExplainer, Question, Values
 from mechinterp.metrics.sanity import SIMILARITIES, Check, Maps, baseline, judge, randomising, stages
 from mechinterp.models import HookedVLM
 from mechinterp.progress import progress
-from mechinterp.types import Target
+from mechinterp.types import Placed, Target
+from saes import train_sae
+from saes.choices import KINDS
 
-__all__ = ["Likeness", "Mixing", "Sizes", "memorised", "pooled", "run"]
+__all__ = ["Likeness", "Mixing", "Sizes", "another_dictionary", "memorised", "of_model", "pooled", "run"]
 
 SIMILARITY = "spearman_abs"
 CONTROLS = {
@@ -210,6 +217,7 @@ def of_model(model: str, size: Sizes, seed: int) -> dict[str, Checks]:
     controls = {kind: HookedVLM.from_pretrained(name) for kind, name in CONTROLS[model].items()}
     methods = {name: ELEMENT_METHODS[name] for name in (FEW if size.few else ELEMENT_METHODS) if name not in SKIPPED}
     methods |= {} if size.few else stored_methods(one, data, seed)
+    sisters = {} if size.few else own_methods(one, another_dictionary(one, dictionary_of(one, data, seed)[0], seed + 1))
     found: dict[str, dict[str, dict[str, Likeness]]] = {}
     for finding in size.findings:
         rows = chosen_rows(data, finding, size.phantoms, seed)
@@ -222,7 +230,7 @@ def of_model(model: str, size: Sizes, seed: int) -> dict[str, Checks]:
         for name, method in progress(list(methods.items()), f"{model}, {finding}", unit="method"):
             if all(applies(method, ask(m, target)) for m in (one, *controls.values())):
                 maps = Maps(ask, method.explain, target, patients, seed)
-                found.setdefault(finding, {})[name] = _beside(maps, one, controls)
+                found.setdefault(finding, {})[name] = _beside(maps, one, controls, sisters.get(name))
     together = {
         name: {kind: pooled([found[finding][name][kind] for finding in size.findings]) for kind in by_kind}
         for name, by_kind in found[size.findings[0]].items()
@@ -236,8 +244,25 @@ def of_model(model: str, size: Sizes, seed: int) -> dict[str, Checks]:
     }
 
 
-def _beside(maps: Maps, one: HookedVLM, controls: Mapping[str, HookedVLM]) -> dict[str, Likeness]:
-    """Likeness of a method's maps of a model to those of the model with random weights, and of its controls."""
+def another_dictionary(model: HookedVLM, placed: Placed, seed: int) -> Placed:
+    """One of the same kind at the same site of the same model, from another seed and other images."""
+    info = placed.dictionary.info  # type: ignore[attr-defined]
+    # what ships was trained before `start` was a choice
+    given: dict[str, Any] = {"start": "sae-lens"} | {k: v for k, v in info["config"].items() if k != "kind"}
+    config = KINDS[info["config"]["kind"]](**given)
+    with tempfile.TemporaryDirectory() as folder:
+        data = default_data(info["data"]["images"], 1_000_000 + seed)
+        store = extract(model, data, [placed.reads], Path(folder) / "store", tokens=info["tokens"])
+        return train_sae(store, placed.reads, config, Path(folder) / "dictionary", seed=seed)  # type: ignore[arg-type]
+
+
+def _beside(
+    maps: Maps, one: HookedVLM, controls: Mapping[str, HookedVLM], sister: Method | None = None
+) -> dict[str, Likeness]:
+    """Likeness of a method's maps of a model to those of the model with random weights, and of its controls.
+
+    `sister`: the method with another dictionary of the same model.
+    """
     mine, others = maps.of(one), {}
     chance = baseline(mine, maps.patients, SIMILARITY)
     with randomising(one, maps.seed) as weights:
@@ -245,6 +270,8 @@ def _beside(maps: Maps, one: HookedVLM, controls: Mapping[str, HookedVLM]) -> di
             weights.randomise(stage)
         others["random weights"] = maps.of(one)
     others |= {kind: maps.of(model) for kind, model in controls.items()}
+    if sister is not None:
+        others["another dictionary"] = replace(maps, explain=sister.explain).of(one)
     return {
         kind: Likeness(SIMILARITIES[SIMILARITY](mine, other), chance, maps.patients) for kind, other in others.items()
     }

@@ -23,6 +23,7 @@ WORDS = {
     "permuted labels": "changes when labels were permuted in training",
     "trained again": "comes back in a network trained again",
     "other architecture": "comes back in another architecture",
+    "another dictionary": "comes back with another dictionary of the same model",
     "trained on": "comes back in phantom-llava, whose tower was trained on from it",
 }
 MARK = {"pass": "", "fail": " fails", "not tested": " ?"}
@@ -44,8 +45,10 @@ def report(toys: Checks, models: Mapping[str, Mapping[str, Checks]], skills: Map
     tables = [_table("Networks on shapes: likeness to the trained network's map", toys)]
     for model, by_finding in models.items():
         together = by_finding[ALL]
-        kinds = next(iter(together.values()))
-        claims += [_claim(f"of {model} {WORDS[k]}", {m: by[k] for m, by in together.items()}) for k in kinds]
+        for kind in _kinds(together):
+            claims.append(
+                _claim(f"of {model} {WORDS[kind]}", {m: by[kind] for m, by in together.items() if kind in by})
+            )
         tables += [_table(f"{model}, {finding}: likeness to its map", by) for finding, by in by_finding.items()]
     notes = [
         "Likeness is the rank correlation of the maps' sizes, mean [95 % interval over networks, or over patients]; "
@@ -59,10 +62,24 @@ def report(toys: Checks, models: Mapping[str, Mapping[str, Checks]], skills: Map
     return Result(rows, claims, tables, _figure(drawn), notes)
 
 
+def _kinds(checks: Checks) -> list[str]:
+    """Every kind of other network that any method was held beside, in the order in which they came."""
+    return list(dict.fromkeys(kind for by in checks.values() for kind in by))
+
+
+def _drawn(checks: Checks) -> list[str]:
+    """The kinds worth a panel: that of one method alone stands in the table."""
+    return [kind for kind in _kinds(checks) if sum(kind in by for by in checks.values()) > 1]
+
+
 def _table(title: str, checks: Checks) -> Table:
-    kinds = list(next(iter(checks.values())))
+    kinds = _kinds(checks)
     lines = tuple(
-        (_named(m), f"{next(iter(by.values())).baseline:.2f}", *(_cell(by[kind]) for kind in kinds))
+        (
+            _named(m),
+            f"{next(iter(by.values())).baseline:.2f}",
+            *(_cell(by[kind]) if kind in by else "" for kind in kinds),
+        )
         for m, by in checks.items()
     )
     return Table(title, ("explainer", "maps of different images", *kinds), lines)
@@ -82,7 +99,9 @@ def _named(method: str) -> str:
     return f"*{method}*" if _anchor(method) else method
 
 
-def _cell(check: Check) -> str:
+def _cell(check: Check | None) -> str:
+    if check is None:
+        return ""
     low, high = check.ci95
     return f"{check.value:.2f} [{low:.2f}, {high:.2f}]{MARK[check.verdict]}"
 
@@ -100,17 +119,17 @@ def _figure(drawn: Mapping[str, Checks]) -> bytes:
     """Likeness less that of maps of different images, a row each: left of 0 is another map, right of it the same."""
     names = sorted({m for checks in drawn.values() for m in checks}, key=lambda m: (not _anchor(m), m))
     high = len(drawn) * (0.24 * len(names) + 1.0) + 0.3
-    wide = max(len(next(iter(checks.values()))) for checks in drawn.values())
+    wide = max(len(_drawn(checks)) for checks in drawn.values())
     figure, axes = canvas(len(drawn), wide, 2.7 * wide, high, sharey=True)
     for line, (title, checks) in zip(axes, drawn.items(), strict=True):
-        of = list(next(iter(checks.values())))
+        of = _drawn(checks)
         for ax in line[len(of) :]:
             ax.set_axis_off()
         for ax, kind in zip(line, of, strict=False):
             axes_of(ax, kind, "likeness, less that of other images", "")
             ax.axvline(0, color=GREY, linewidth=0.8)
             for y, method in enumerate(names):
-                if method not in checks:
+                if kind not in checks.get(method, {}):
                     continue
                 check = checks[method][kind]
                 by_verdict = COLOURS[{"pass": 2, "fail": 1}.get(check.verdict, 0)]
