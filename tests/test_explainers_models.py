@@ -19,7 +19,7 @@ from mechinterp.audit.explaining import OWN
 from mechinterp.audit.graphing import output_of
 from mechinterp.audit.own_methods import own_methods, sae_maps
 from mechinterp.cli import main
-from mechinterp.errors import UsageError
+from mechinterp.errors import ModelError, UsageError
 from mechinterp.explain import ELEMENT_METHODS, applies
 from mechinterp.explain.ask import about_both, about_image, about_words
 from mechinterp.explain.flow import flows
@@ -297,6 +297,11 @@ def test_own_methods_explain_another_model_with_that_models_features_or_not_at_a
     expected = sae_maps(question, draw(), model=other, placed=theirs)
     assert torch.equal(both.explain(question, draw()), expected) and expected.any()
     assert asked_for == [other]  # once; and never for its own
+
+    def none(model):
+        raise ModelError("has no site", where=model.label)
+
+    assert not applies(own_methods(one, mine, others=none)["sae_maps"], question)
     assert own_methods(one) == {}
 
 

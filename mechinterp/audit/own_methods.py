@@ -7,6 +7,7 @@ off an attribution graph. Both read a model with features of its own, a dictiona
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from mechinterp.audit.dictionary import dictionary_of, transcoders_of
 from mechinterp.audit.graphing import output_of
 from mechinterp.data import ImageData
-from mechinterp.errors import UsageError
+from mechinterp.errors import ModelError, UsageError
 from mechinterp.explain.inside import reader, seen_inside, source_of
 from mechinterp.explain.methods import Method
 from mechinterp.explain.question import Question, Source
@@ -27,6 +28,8 @@ from mechinterp.models import HookedVLM
 from mechinterp.types import Placed
 
 __all__ = ["Features", "features_of", "graph_patches", "own_methods", "sae_maps", "stored_methods"]
+
+log = logging.getLogger(__name__)
 
 MOST = 64  # features ablated for each image: the largest by |activation times gradient|
 ROWS = 32  # images swept together
@@ -91,7 +94,11 @@ class _Known:
         for one, features in self.known:
             if one is model:
                 return features
-        found: Features = self.others(model) if self.others else (None, ())
+        try:
+            found: Features = self.others(model) if self.others else (None, ())
+        except ModelError as error:  # it has no such site: the other methods can still be held beside it
+            log.warning("no features for %s: %s", model.label, error)
+            found = (None, ())
         self.known.append((model, found))
         return found
 
