@@ -174,9 +174,12 @@ def tokenizer_for():
 
 def train(args: argparse.Namespace, associations: dict) -> tuple:
     """Render and train. Returns the model with averaged weights, and its tokeniser."""
-    phantom = learnt_by_heart(args) if args.permute else None
-    told = list(range(args.images)) if phantom is None else told_of(phantom, args.seed)
-    phantom = phantom or Phantom.sample(args.images, seed=args.seed + 2, associations=associations)
+    if args.permute:
+        phantom = learnt_by_heart(args)
+        told = told_of(phantom, args.seed)
+    else:
+        phantom = Phantom.sample(args.images, seed=args.seed + 2, associations=associations)
+        told = list(range(len(phantom)))
     images, tokenizer = render(phantom), tokenizer_for()
     regions = regions_of(phantom)[told, : len(NAMED)]
     talk = Conversations(tokenizer, phantom, told)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,8 +20,8 @@ from mechinterp.audit.graphing import output_of
 from mechinterp.data import ImageData
 from mechinterp.errors import ModelError, UsageError
 from mechinterp.explain.inside import reader, seen_inside, source_of
-from mechinterp.explain.methods import Method
-from mechinterp.explain.question import Question, Source
+from mechinterp.explain.methods import BuiltFrom, Method
+from mechinterp.explain.question import ElementExplainer, Question, Source
 from mechinterp.interventions import effects
 from mechinterp.models import HookedVLM
 from mechinterp.types import Placed
@@ -62,26 +61,17 @@ def own_methods(
     `others`: the features of another model, asked for when a map of that model is; without it no other is explained.
     """
     known = _Known([(model, (placed, transcoders))], others)
-    found = {}
-    if known.sae(model) is not None:
-        found["sae_maps"] = Method(
-            "sae_maps",
-            lambda question, generator: sae_maps(question, generator, **known.for_sae(question)),
-            "latent",
-            frozenset({"patch"}),
-            needs="model",
-            explains=lambda other: known.sae(other) is not None,
-        )
-    if transcoders:
-        found["graph_patches"] = Method(
-            "graph_patches",
-            lambda question, generator: graph_patches(question, generator, **known.for_graph(question)),
-            "graph",
-            frozenset({"patch"}),
-            needs="model",
-            explains=lambda other: bool(known.of(other)[1]),
-        )
-    return found
+
+    def own(
+        name: str, explain: ElementExplainer, built_from: BuiltFrom, explains: Callable[[HookedVLM], bool]
+    ) -> Method:
+        return Method(name, explain, built_from, frozenset({"patch"}), needs="model", explains=explains)
+
+    methods = (
+        own("sae_maps", known.sae_maps, "latent", lambda one: known.sae(one) is not None),
+        own("graph_patches", known.graph_patches, "graph", lambda one: bool(known.of(one)[1])),
+    )
+    return {method.name: method for method in methods if method.explains is not None and method.explains(model)}
 
 
 class _Known:
@@ -106,18 +96,19 @@ class _Known:
         placed = self.of(model)[0]
         return placed if placed is not None and placed.reads.tower == "vision" else None
 
-    def for_sae(self, question: Question) -> dict[str, Any]:
+    def sae_maps(self, question: Question, generator: torch.Generator) -> Float[Tensor, "row element"]:
         model = source_of(question, "sae_maps").model
         placed = self.sae(model)
         if placed is None:
             raise UsageError("has no dictionary for this model", where="sae_maps")
-        return {"model": model, "placed": placed}
+        return sae_maps(question, generator, model=model, placed=placed)
 
-    def for_graph(self, question: Question) -> dict[str, Any]:
+    def graph_patches(self, question: Question, generator: torch.Generator) -> Float[Tensor, "row element"]:
         model = source_of(question, "graph_patches").model
-        if not self.of(model)[1]:
+        transcoders = self.of(model)[1]
+        if not transcoders:
             raise UsageError("has no transcoders for this model", where="graph_patches")
-        return {"model": model, "transcoders": self.of(model)[1]}
+        return graph_patches(question, generator, model=model, transcoders=transcoders)
 
 
 def sae_maps(
