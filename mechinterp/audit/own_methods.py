@@ -62,16 +62,16 @@ def own_methods(
     """
     known = _Known([(model, (placed, transcoders))], others)
 
-    def own(
-        name: str, explain: ElementExplainer, built_from: BuiltFrom, explains: Callable[[HookedVLM], bool]
-    ) -> Method:
-        return Method(name, explain, built_from, frozenset({"patch"}), needs="model", explains=explains)
+    def own(name: str, explain: ElementExplainer, of: BuiltFrom, explains: Callable[[HookedVLM], bool]) -> list[Method]:
+        if not explains(model):
+            return []
+        return [Method(name, explain, of, frozenset({"patch"}), needs="model", explains=explains)]
 
-    methods = (
-        own("sae_maps", known.sae_maps, "latent", lambda one: known.sae(one) is not None),
-        own("graph_patches", known.graph_patches, "graph", lambda one: bool(known.of(one)[1])),
-    )
-    return {method.name: method for method in methods if method.explains is not None and method.explains(model)}
+    methods = [
+        *own("sae_maps", known.sae_maps, "latent", lambda one: known.sae(one) is not None),
+        *own("graph_patches", known.graph_patches, "graph", lambda one: bool(known.of(one)[1])),
+    ]
+    return {method.name: method for method in methods}
 
 
 class _Known:
