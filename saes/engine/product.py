@@ -65,8 +65,8 @@ class Products:
         rows, latents = _tile(x, len(W), threads, least)
         firsts = range(0, len(x), rows)
         threads = min(threads, len(firsts))
-        if self._buffers.shape != (threads, rows * latents) or self._buffers.device != x.device:
-            self._buffers = torch.empty(threads, rows * latents, device=x.device)
+        if self._buffers.shape != (threads, rows * latents) or not _alike(self._buffers, x):
+            self._buffers = x.new_empty(threads, rows * latents)
         free: SimpleQueue[Tensor] = SimpleQueue()
         for buffer in self._buffers:
             free.put(buffer)
@@ -93,6 +93,10 @@ class Products:
                     found = list(pool.map(made, firsts))
         whole = [one for one in found if one is not None]
         return whole if len(whole) == len(found) else None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.device, a.dtype) == (b.device, b.dtype)
 
 
 def _tile(x: Tensor, width: int, threads: int, least: int) -> tuple[int, int]:

@@ -10,6 +10,9 @@ The product is made in tiles (`product.py`), so that it never leaves the cache b
   bound is found among them. A guess that was too high is lowered and the product made again.
 
 Either way the choice is the one that `torch.topk` makes, up to ties. The guess changes the time, never the result.
+
+Where the processor multiplies in bf16, the product of the tiles is one of upper bounds in bf16 (`screen.py`), which has
+half the bytes and takes half the time; what reaches a bound there is multiplied again, exactly, and chosen among.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int16, Int64
 from torch import Tensor
 
 from saes.engine.codes import SparseCodes
 from saes.engine.product import Products, Tiles
+from saes.engine.screen import STEP, Screen, bits_below, from_bits, screens
 
 __all__ = ["Encoder"]
 
@@ -64,6 +68,9 @@ class Encoder:
     ) -> tuple[SparseCodes, Float[Tensor, " code"]]:
         """The `k` largest entries of each row of `(x @ W.T + b) * gain` and their values, those that are positive."""
         width, d = W.shape
+        found = self._screened_topk(x, W, b, gain, k) if _screened(x) and width >= 8 * k else None
+        if found is not None:
+            return SparseCodes(*found[:2], len(x), width), found[2]
         if self._scaled.shape != (width, d + 1) or self._scaled.device != W.device:
             self._scaled = W.new_empty(width, d + 1)
         torch.mul(W, gain[:, None], out=self._scaled[:, :d])
@@ -90,11 +97,10 @@ class Encoder:
         """
         wanted = k * len(x)
         guess = self._guess if self._guess >= 0 else self._first_guess(x, W, b, gain, k)
+        screen = Screen(x, W, b, gain) if _screened(x) else None
         while True:
-            found = self._exceeding(x, W, b, guess / gain.clamp(min=1e-30))
-            assert found is not None  # no share was asked for
+            found = self._above_guess(x, W, b, gain, guess, screen)
             row, latent, value = found
-            value *= gain.index_select(0, latent)
             if len(value) >= wanted or guess <= 0:
                 break
             guess = guess * 0.5 if guess > 1e-3 else 0.0
@@ -122,6 +128,54 @@ class Encoder:
             return None, torch.addmm(b, x, W.T)
         row, latent, value = found
         return SparseCodes(row, latent, len(x), len(W)), value
+
+    def _screened_topk(self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, k: int) -> Found | None:
+        """As `row_topk`; None if too few upper bounds of a row are positive to tell."""
+        screen = Screen(x, W, b, gain)
+        slack = screen.slack.numpy()
+
+        def choose(first: int, rows: int, tiles: Tiles) -> Found | None:
+            here = slice(first, first + rows)
+            near = _near(rows, tiles, k, slack[here])
+            if near is None:
+                return None
+            row, latent = near
+            value = _exact(x[here], W, b, gain, row, latent)
+            keep = _kept(row, value, rows, k)
+            return _tensors(row.take(keep) + first, latent.take(keep), value.take(keep))
+
+        found = self._products.each(screen.rows, screen.latents, choose, 8 * k)
+        if found is None:
+            return None
+        row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return row, latent, value
+
+    def _above_guess(
+        self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, guess: float, screen: Screen | None
+    ) -> Found:
+        """Row, latent and value of the entries of `(x @ W.T + b) * gain` above a guess."""
+        if screen is None or guess <= 0:
+            found = self._exceeding(x, W, b, guess / gain.clamp(min=1e-30))
+            assert found is not None  # no share was asked for
+            row, latent, value = found
+            return row, latent, value.mul_(gain.index_select(0, latent))
+        bound = bits_below(np.asarray(guess, np.float32))
+
+        def exceeding(first: int, rows: int, tiles: Tiles) -> Found:
+            found = []
+            for begin, tile in tiles:
+                flat = np.flatnonzero(np.greater_equal(_bits(tile), bound))
+                row = _rows(flat, rows, tile.shape[1])
+                found.append((row, flat - row * tile.shape[1] + begin))
+            row, latent = _by_row(found)
+            value = _exact(x[first : first + rows], W, b, gain, row, latent)
+            keep = np.flatnonzero(value > guess)
+            return _tensors(row.take(keep) + first, latent.take(keep), value.take(keep))
+
+        found = self._products.each(screen.rows, screen.latents, exceeding)
+        assert found is not None  # none was refused
+        row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return row, latent, value
 
     def _first_guess(self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, k: int) -> float:
         """A bound that some `k` entries a row exceed, from the first rows of the batch."""
@@ -156,6 +210,53 @@ class Encoder:
         return row, latent, value.add_(b.index_select(0, latent))
 
 
+def _screened(x: Tensor) -> bool:
+    """Whether a product in bf16 comes first."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and screens()
+
+
+def _near(
+    rows: int, tiles: Tiles, k: int, slack: Float[np.ndarray, " row"]
+) -> tuple[Int64[np.ndarray, " code"], Int64[np.ndarray, " code"]] | None:
+    """Rows and latents, sorted by both, among which the `k` largest entries of each row are, by upper bounds.
+
+    The k-th largest upper bound, less what upper bounds can be too high, is a lower bound of the k-th largest entry.
+    None if it is not positive for some row.
+    """
+    largest, found = np.empty((rows, 0), np.int16), []
+    for begin, tile in tiles:
+        bits = _bits(tile)
+        largest = _largest(np.concatenate([largest, _maxima(bits, k)], axis=1), k)
+        least = bits_below(from_bits(largest[:, 0]) * np.float32(1 - STEP) - slack)
+        if least.min() < 0:
+            return None
+        flat = np.flatnonzero(np.greater_equal(bits, least[:, None]))
+        row = _rows(flat, rows, tile.shape[1])
+        found.append((row, flat - row * tile.shape[1] + begin, bits.reshape(-1).take(flat)))
+    if len(found) > 1:  # the bound has risen since
+        reach = [np.flatnonzero(bits >= least.take(row)) for row, _, bits in found]
+        found = [[part.take(at) for part in parts] for parts, at in zip(found, reach, strict=True)]
+    row, latent, _ = _by_row(found)
+    return row, latent
+
+
+def _exact(
+    x: Float[Tensor, "row d"],
+    W: Float[Tensor, "latent d"],
+    b: Float[Tensor, " latent"],
+    gain: Float[Tensor, " latent"],
+    row: Int64[np.ndarray, " code"],
+    latent: Int64[np.ndarray, " code"],
+) -> Float[np.ndarray, " code"]:
+    """Some entries of `(x @ W.T + b) * gain`."""
+    codes = SparseCodes(torch.from_numpy(row), torch.from_numpy(latent), len(x), len(W))
+    return codes.pair(x, W).add_(codes.take(b)).mul_(codes.take(gain)).numpy()
+
+
+def _bits(tile: Tensor) -> Int16[np.ndarray, "row latent"]:
+    return tile.view(torch.int16).numpy()
+
+
 def _by_topk(first: int, rows: int, tiles: Tiles, k: int) -> Found:
     """Row, latent and value of the positive ones among each row's `k` largest, by row and latent.
 
@@ -176,7 +277,7 @@ def _refined(first: int, rows: int, tiles: Tiles, k: int) -> Found:
     """
     largest, found = np.empty((rows, 0), np.float32), []
     for begin, tile in tiles:
-        largest = _largest(np.concatenate([largest, _maxima(tile, k)], axis=1), k)
+        largest = _largest(np.concatenate([largest, _maxima(tile.numpy(), k)], axis=1), k)
         if np.isnan(largest.sum()):
             raise FloatingPointError("an encoder pre-activation is not a number")
         flat = np.flatnonzero(np.greater_equal(tile.numpy(), largest[:, :1]))
@@ -190,11 +291,11 @@ def _refined(first: int, rows: int, tiles: Tiles, k: int) -> Found:
     return _tensors(row.take(keep) + first, latent.take(keep), value.take(keep))
 
 
-def _maxima(tile: Float[Tensor, "row latent"], k: int) -> Float[np.ndarray, "row group"]:
-    """Of some 4 k groups of latents, or of groups of 4."""
+def _maxima(tile: np.ndarray, k: int) -> np.ndarray:
+    """Of some 4 k groups of latents, or of groups of 4. By torch, whose loop is the faster one."""
     rows, width = tile.shape
     groups = min(GROUPS * k, max(1, width // 4))
-    return tile[:, : width // groups * groups].view(rows, -1, groups).amax(1).numpy()
+    return torch.from_numpy(tile)[:, : width // groups * groups].view(rows, -1, groups).amax(1).numpy()
 
 
 def _kept(row: np.ndarray, value: np.ndarray, rows: int, k: int) -> np.ndarray:
@@ -217,7 +318,7 @@ def _without_surplus(keep: np.ndarray, ties: np.ndarray, starts: np.ndarray, row
     return keep & (~ties | (number <= (k - above)[row]))
 
 
-def _largest(x: Float[np.ndarray, "row entry"], k: int) -> Float[np.ndarray, "row k"]:
+def _largest(x: np.ndarray, k: int) -> np.ndarray:
     """The `k` largest of each row, the least of them first; the others in no order."""
     at = x.shape[1] - k
     return np.partition(x, at, axis=1)[:, at:]
