@@ -8,7 +8,6 @@ same four products are dense, behind the same names.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from functools import cached_property
 
@@ -19,11 +18,17 @@ from jaxtyping import Float, Int64
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from saes.engine.team import team
+
 __all__ = ["Codes", "DenseCodes", "SparseCodes"]
 
 PART = 2**20
 """Entries of a gradient that are made at one time on a CPU: 4 MiB. A result of more than 32 MiB is new memory in each
 step, whose pages the system has to find and clear; that costs as much as the sums themselves."""
+
+
+NEAR = 2**20
+"""Entries of a matrix whose rows can be taken in any order on a CPU: 4 MiB, which the caches near a core hold."""
 
 
 class SparseCodes:
@@ -38,50 +43,33 @@ class SparseCodes:
         self.row, self.latent, self.rows, self.width = row, latent, rows, width
 
     @cached_property
-    def _starts(self) -> Int64[Tensor, " row"]:
-        return torch.searchsorted(self.row, torch.arange(self.rows, device=self.row.device))
+    def _ends(self) -> Int64[Tensor, " end"]:
+        """Where each row starts, and where the last one ends."""
+        return torch.searchsorted(self.row, torch.arange(self.rows + 1, device=self.row.device))
 
     @cached_property
     def _by_latent(self) -> tuple[Int64[Tensor, " code"], Int64[Tensor, " code"], Int64[Tensor, " latent"]]:
-        """The order of the codes by latent, their rows in it, and where each latent starts."""
+        """The order of the codes by latent, their rows in it, where each latent starts, and where the last one ends."""
         if self.latent.device.type == "cpu":
             return self._counted()
         latent, order = self.latent.sort(stable=True)
-        starts = torch.searchsorted(latent, torch.arange(self.width, device=latent.device))
-        return order, self.row[order], starts
+        return order, self.row[order], torch.searchsorted(latent, torch.arange(self.width + 1, device=latent.device))
 
     def _counted(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same, by counting: as the transpose of a sparse matrix, a third of the time of sorting or less."""
-        count = len(self.latent)
-        ends = torch.cat([self._starts, torch.tensor([count])])
-        number = np.arange(count, dtype=np.int32)
-        by_row = csr_array((number, self.latent.numpy(), ends.numpy()), shape=(self.rows, self.width))
+        number = np.arange(len(self.latent), dtype=np.int32)
+        by_row = csr_array((number, self.latent.numpy(), self._ends.numpy()), shape=(self.rows, self.width))
         by_latent = by_row.tocsc()
-        order, row, starts = by_latent.data, by_latent.indices, by_latent.indptr[:-1]
-        return torch.from_numpy(order).long(), torch.from_numpy(row).long(), torch.from_numpy(starts).long()
-
-    @cached_property
-    def _pattern(self) -> Tensor:
-        """The support as a sparse CSR matrix of zeros, `[latent, row]`."""
-        _, row, starts = self._by_latent
-        end = torch.full((1,), len(row), device=row.device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "CSR is in beta"
-            return torch.sparse_csr_tensor(
-                torch.cat([starts, end]),
-                row,
-                torch.zeros(len(row), device=row.device),
-                (self.width, self.rows),
-                check_invariants=False,
-            )
+        found = by_latent.data, by_latent.indices, by_latent.indptr
+        return tuple(torch.from_numpy(part).long() for part in found)
 
     def split(self, levels: tuple[int, ...]) -> SparseCodes:
         """Each row as `len(levels)` rows, one for the latents of each level (levels are the ends of the ranges)."""
         ends = torch.tensor(levels).to(self.latent.device)
         level = torch.bucketize(self.latent, ends, right=True)
         split = SparseCodes(self.row * len(levels) + level, self.latent, self.rows * len(levels), self.width)
-        order, _, starts = self._by_latent
-        split._by_latent = (order, split.row.index_select(0, order), starts)
+        order, _, ends = self._by_latent
+        split._by_latent = (order, split.row.index_select(0, order), ends)
         return split
 
     def take(self, of_latent: Float[Tensor, " latent"]) -> Float[Tensor, " code"]:
@@ -90,48 +78,86 @@ class SparseCodes:
 
     def decode(self, value: Float[Tensor, " code"], W: Float[Tensor, "latent d"]) -> Float[Tensor, "row d"]:
         """`sum_j value_nj W_j` for each row n."""
-        return F.embedding_bag(self.latent, W, self._starts, mode="sum", per_sample_weights=value)
+        out = W.new_empty(self.rows, W.shape[1])
+        _bags(self._ends, self.latent, W, value, out, self.rows)
+        return out
 
     def pair(self, of_row: Float[Tensor, "row d"], W: Float[Tensor, "latent d"]) -> Float[Tensor, " code"]:
         """`<of_row_n, W_j>` for each code (n, j).
 
-        Taken latent by latent: the rows then come from all over memory, and they are fewer bytes than `W`.
+        Taken latent by latent, unless `W` is small: the rows then come from all over memory, and they are fewer bytes
+        than `W`.
         """
-        order, _, _ = self._by_latent
-        found = torch.sparse.sampled_addmm(self._pattern, W, of_row.T, beta=0.0).values()
+        if W.numel() <= NEAR:
+            return _sampled(self._ends, self.latent, of_row, W)
+        order, row, ends = self._by_latent
+        found = _sampled(ends, row, W, of_row)
         return torch.empty_like(found).scatter_(0, order, found)
 
     def gather(
         self, value: Float[Tensor, " code"], of_row: Float[Tensor, "row d"], out: Float[Tensor, "latent d"]
     ) -> Float[Tensor, "latent d"]:
         """`sum_n value_nj of_row_n` for each latent j, written to `out`."""
-        order, row, starts = self._by_latent
-        value = value.index_select(0, order)
-        if out.device.type != "cpu":
-            return out.copy_(F.embedding_bag(row, of_row, starts, mode="sum", per_sample_weights=value))
-        part = max(1, PART // of_row.shape[1])
-        ends = [*starts[::part].tolist(), len(row)]
-        for number, (first, last) in enumerate(itertools.pairwise(ends)):
-            here = slice(number * part, (number + 1) * part)
-            bags, weights = starts[here] - first, value[first:last]
-            out[here] = F.embedding_bag(row[first:last], of_row, bags, mode="sum", per_sample_weights=weights)
+        order, row, ends = self._by_latent
+        _bags(ends, row, of_row, value.index_select(0, order), out, max(1, PART // of_row.shape[1]))
         return out
 
     def total(self, value: Float[Tensor, " code"]) -> Float[Tensor, " latent"]:
         """`sum_n value_nj` for each latent j."""
-        order, row, starts = self._by_latent
-        return F.embedding_bag(
-            row * 0, value.new_ones(1, 1), starts, mode="sum", per_sample_weights=value.index_select(0, order)
-        )[:, 0]
+        order, row, ends = self._by_latent
+        value = value.index_select(0, order)
+        return F.embedding_bag(row * 0, value.new_ones(1, 1), ends[:-1], mode="sum", per_sample_weights=value)[:, 0]
 
     def row_total(self, value: Float[Tensor, " code"]) -> Float[Tensor, " row"]:
         """`sum_j value_nj` for each row n."""
         one = value.new_ones(1, 1)
-        return F.embedding_bag(self.latent * 0, one, self._starts, mode="sum", per_sample_weights=value)[:, 0]
+        return F.embedding_bag(self.latent * 0, one, self._ends[:-1], mode="sum", per_sample_weights=value)[:, 0]
 
     def of_rows(self, of_row: Float[Tensor, " row"]) -> Float[Tensor, " code"]:
         """What each code's row has."""
         return of_row.index_select(0, self.row)
+
+
+def _bags(
+    ends: Int64[Tensor, " end"],
+    inside: Int64[Tensor, " code"],
+    W: Float[Tensor, "n d"],
+    value: Float[Tensor, " code"],
+    out: Float[Tensor, "bag d"],
+    most: int,
+) -> None:
+    """Of each bag, the sum of the rows of `W` that are inside times their values, to `out`; `most` bags at a time."""
+
+    def make(part: slice) -> None:
+        first, last = int(ends[part.start]), int(ends[part.stop])
+        begin, weights = ends[part] - first, value[first:last]
+        out[part] = F.embedding_bag(inside[first:last], W, begin, mode="sum", per_sample_weights=weights)
+
+    with team() as workers:
+        workers.map(make, workers.parts(out, most))
+
+
+def _sampled(
+    ends: Int64[Tensor, " end"], column: Int64[Tensor, " code"], A: Float[Tensor, "n d"], B: Float[Tensor, "m d"]
+) -> Float[Tensor, " code"]:
+    """`<A_i, B_j>` for the columns j of each row i."""
+
+    def make(part: slice) -> Tensor:
+        first, last = int(ends[part.start]), int(ends[part.stop])
+        shape = (part.stop - part.start, len(B))
+        inside = ends[part.start : part.stop + 1] - first
+        return torch.sparse_csr_tensor(
+            inside, column[first:last], A.new_zeros(last - first), shape, check_invariants=False
+        )
+
+    with team() as workers:
+        parts = workers.parts(A)
+        with warnings.catch_warnings():  # here, as threads share the filters
+            warnings.simplefilter("ignore")  # "CSR is in beta"
+            patterns = [make(part) for part in parts]
+        both = list(zip(patterns, parts, strict=True))
+        found = workers.map(lambda one: torch.sparse.sampled_addmm(one[0], A[one[1]], B.T, beta=0.0).values(), both)
+        return torch.cat(found)
 
 
 class DenseCodes:

@@ -11,8 +11,7 @@ MKL's time at d = 256 and 768 (Zen 3, latents x16; at d = 128 it needs up to a t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,6 +22,8 @@ import torch
 from jaxtyping import Float
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+
+from saes.engine.team import Team, team
 
 __all__ = ["Products"]
 
@@ -61,7 +62,13 @@ class Products:
 
         Returns None as soon as `use` gives None for some rows.
         """
-        threads = torch.get_num_threads() if x.device.type == "cpu" else 1
+        with team() as workers:
+            return self._shared(x, W, use, least, workers)
+
+    def _shared(
+        self, x: Tensor, W: Tensor, use: Callable[[int, int, Tiles], T | None], least: int, workers: Team
+    ) -> list[T] | None:
+        threads = workers.size if x.device.type == "cpu" else 1
         rows, latents = _tile(x, len(W), threads, least)
         firsts = range(0, len(x), rows)
         threads = min(threads, len(firsts))
@@ -86,11 +93,7 @@ class Products:
             return found
 
         with _one_thread_of_openblas() if _by_openblas(x, W) else nullcontext():
-            if threads == 1:
-                found = [made(first) for first in firsts]
-            else:
-                with _single_threads(threads) as pool:
-                    found = list(pool.map(made, firsts))
+            found = workers.map(made, firsts)
         whole = [one for one in found if one is not None]
         return whole if len(whole) == len(found) else None
 
@@ -112,18 +115,6 @@ def _tiles(x: Float[Tensor, "row d"], W: Float[Tensor, "latent d"], latents: int
     for first in range(0, len(W), latents):
         part = W[first : first + latents]
         yield first, _product(x, part, buffer[: len(x) * len(part)].view(len(x), len(part)))
-
-
-@contextmanager
-def _single_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which a torch operation has one thread of its own: that many are set while they begin."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
 
 
 def _product(

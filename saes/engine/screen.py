@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor
 
+from saes.engine.team import team
+
 __all__ = ["STEP", "Screen", "bits_below", "from_bits", "screens"]
 
 STEP = 2.0**-8
@@ -87,12 +89,15 @@ def _rounded(
     rows, d = x.shape
     out = torch.empty(rows, d + 3, dtype=torch.bfloat16)
     length, error = x.new_empty(rows), x.new_empty(rows)
-    for first in range(0, rows, PART):
-        here = slice(first, first + PART)
+
+    def round_part(here: slice) -> None:
         part = x[here] if gain is None else x[here] * gain[here, None]
         out[here, :d] = part
         torch.linalg.vector_norm(part, dim=1, out=length[here])
         torch.linalg.vector_norm(part - out[here, :d], dim=1, out=error[here])
+
+    with team() as workers:
+        workers.each(round_part, x, PART)
     return out, length, error
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int16, Int64
+from jaxtyping import Bool, Float, Int16, Int64
 from torch import Tensor
 
 from saes.engine.codes import SparseCodes
@@ -164,7 +164,7 @@ class Encoder:
         def exceeding(first: int, rows: int, tiles: Tiles) -> Found:
             found = []
             for begin, tile in tiles:
-                flat = np.flatnonzero(np.greater_equal(_bits(tile), bound))
+                flat = _where(np.greater_equal(_bits(tile), bound))
                 row = _rows(flat, rows, tile.shape[1])
                 found.append((row, flat - row * tile.shape[1] + begin))
             row, latent = _by_row(found)
@@ -230,7 +230,7 @@ def _near(
         least = bits_below(from_bits(largest[:, 0]) * np.float32(1 - STEP) - slack)
         if least.min() < 0:
             return None
-        flat = np.flatnonzero(np.greater_equal(bits, least[:, None]))
+        flat = _where(np.greater_equal(bits, least[:, None]))
         row = _rows(flat, rows, tile.shape[1])
         found.append((row, flat - row * tile.shape[1] + begin, bits.reshape(-1).take(flat)))
     if len(found) > 1:  # the bound has risen since
@@ -280,7 +280,7 @@ def _refined(first: int, rows: int, tiles: Tiles, k: int) -> Found:
         largest = _largest(np.concatenate([largest, _maxima(tile.numpy(), k)], axis=1), k)
         if np.isnan(largest.sum()):
             raise FloatingPointError("an encoder pre-activation is not a number")
-        flat = np.flatnonzero(np.greater_equal(tile.numpy(), largest[:, :1]))
+        flat = _where(np.greater_equal(tile.numpy(), largest[:, :1]))
         row = _rows(flat, rows, tile.shape[1])
         found.append((row, flat - row * tile.shape[1] + begin, tile.numpy().reshape(-1).take(flat)))
     if len(found) > 1:  # the bound has risen since
@@ -348,8 +348,18 @@ def _tensors(row: np.ndarray, latent: np.ndarray, value: np.ndarray) -> Found:
 def _flatnonzero(x: Float[Tensor, "row latent"], bound: Float[Tensor, " latent"]) -> Int64[Tensor, " code"]:
     """Flat numbers of the entries that exceed their latent's bound."""
     if x.device.type == "cpu":  # numpy's loops are twice as fast as torch's here
-        return torch.from_numpy(np.flatnonzero(np.greater(x.numpy(), bound.numpy())))
+        return torch.from_numpy(_where(np.greater(x.numpy(), bound.numpy())))
     return (x > bound).reshape(-1).nonzero()[:, 0]
+
+
+def _where(flags: Bool[np.ndarray, "row latent"]) -> Int64[np.ndarray, " code"]:
+    """Flat numbers of the flags that are set: of eight at a time first, as few are, in half of `flatnonzero`'s time."""
+    flags = flags.reshape(-1)
+    eights = len(flags) // 8 * 8
+    some = np.flatnonzero(flags[:eights].view(np.uint64) != 0)
+    inside = np.flatnonzero(flags[:eights].view(np.uint64).take(some).view(bool))
+    found = (some.take(inside >> 3) << 3) + (inside & 7)
+    return found if eights == len(flags) else np.concatenate([found, np.flatnonzero(flags[eights:]) + eights])
 
 
 def _kth_largest(value: Float[Tensor, " code"], k: int) -> float:

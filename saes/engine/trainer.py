@@ -7,6 +7,7 @@ and decay of the learning rate), without autograd. It holds no data and writes n
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from saes.config import BatchTopKConfig, MatryoshkaConfig, TrainConfig, TranscoderConfig
 from saes.engine.select import Encoder
 from saes.engine.step import gradients
+from saes.engine.team import team
 from saes.engine.weights import Weights, initial
 
 __all__ = ["Trainer"]
@@ -69,11 +71,15 @@ class Trainer:
 
         Raises FloatingPointError, with the weights as they were, when the loss or a gradient is not finite.
         """
+        with team():
+            return self._step(x, y)
+
+    def _step(self, x: Tensor, y: Tensor | None) -> float:
         if "threshold" in self.weights:
             self.weights["threshold"].clamp_(min=0.0)
         y = x if y is None else y
         found = gradients(self.config, self.weights, x, y, self.dead, self._warm(), self._encoder)
-        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in found.gradients.values()]))
+        norm = torch.linalg.vector_norm(torch.stack([_length(g) for g in found.gradients.values()]))
         if not (math.isfinite(found.loss) and bool(torch.isfinite(norm))):
             raise FloatingPointError("the loss or a gradient is not finite")
         self._update(found.gradients, norm)
@@ -90,24 +96,30 @@ class Trainer:
         It divides the gradients by `grad_scale` as it reads them, which is the clipping, without another pass. The
         optimizer class itself is left out: making one imports torch's compiler, which takes two seconds.
         """
-        names, device = list(self.weights), norm.device
-        torch.ops.aten._fused_adam_(
-            list(self.weights.values()),
-            [gradients[name].contiguous() for name in names],
-            [self._moments[f"exp_avg.{name}"] for name in names],
-            [self._moments[f"exp_avg_sq.{name}"] for name in names],
-            [],
-            [torch.full((), self.done + 1.0, device=device) for _ in names],
-            lr=self.config.lr * self._rate(),
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=((norm + 1e-6) / MAX_NORM).clamp(min=1.0),
-            found_inf=None,
-        )
+        device, scale = norm.device, ((norm + 1e-6) / MAX_NORM).clamp(min=1.0)
+
+        def update(parts: list[tuple[str, slice]]) -> None:
+            torch.ops.aten._fused_adam_(
+                [self.weights[name][part] for name, part in parts],
+                [gradients[name].contiguous()[part] for name, part in parts],
+                [self._moments[f"exp_avg.{name}"][part] for name, part in parts],
+                [self._moments[f"exp_avg_sq.{name}"][part] for name, part in parts],
+                [],
+                [torch.full((), self.done + 1.0, device=device) for _ in parts],
+                lr=self.config.lr * self._rate(),
+                beta1=0.9,
+                beta2=0.999,
+                weight_decay=0.0,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=scale,
+                found_inf=None,
+            )
+
+        with team() as workers:
+            split = [[(name, part) for part in workers.parts(weight)] for name, weight in self.weights.items()]
+            workers.map(update, [[one for one in parts if one] for parts in zip_longest(*split)])
 
     def _rate(self) -> float:
         """Learning rate of this step beside the peak: up over the first 5 % of the steps, down over the last 20 %."""
@@ -148,3 +160,8 @@ class Trainer:
             moment.copy_(tensors[f"adam.{name}"])
         self.since_fired = tensors["since_fired"].to(self.since_fired.device, copy=True)
         self.done, self.threshold = int(numbers["n_training_steps"]), float(numbers["threshold"])
+
+
+def _length(x: Tensor) -> Tensor:
+    with team() as workers:
+        return torch.linalg.vector_norm(torch.stack(workers.each(lambda part: x[part].norm(), x)))
