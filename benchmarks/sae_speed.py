@@ -28,6 +28,9 @@ PEER_PYTHON = "MECHINTERP_SAE_PEER_PYTHON"
 SCRIPT = Path(__file__).parent / "peers" / "run_dictionary.py"
 ELSEWHERE = {"topk": ("dictionary_learning", "sparsify"), "batchtopk": ("dictionary_learning",)}
 ELSEWHERE["matryoshka"] = ELSEWHERE["batchtopk"]
+REST = 0.05
+"""Seconds before each turn: torch's threads spin for some milliseconds after their last operation, on the other core, and
+that would be time of whoever comes next."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def here(trainer: Any, batches: list[Tensor]) -> Callable[[], Seconds]:
 
     def step() -> Seconds:
         nonlocal done
+        time.sleep(REST)
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.step(batches[done % len(batches)])
         seconds = Seconds(time.perf_counter() - wall, time.process_time() - cpu)
@@ -60,6 +64,7 @@ def product(x: Tensor, width: int) -> Callable[[], Seconds]:
     W, out = torch.randn(width, x.shape[1]), torch.empty(len(x), width)
 
     def run() -> Seconds:
+        time.sleep(REST)
         wall, cpu = time.perf_counter(), time.process_time()
         torch.mm(x, W.T, out=out)
         return Seconds(time.perf_counter() - wall, time.process_time() - cpu)

@@ -150,7 +150,7 @@ def threads(request):
 def test_choice_is_that_of_torch_topk(width, k, entries, openblas, threads, monkeypatch):
     monkeypatch.setattr("saes.engine.product._openblas_is_faster", lambda: openblas)
     monkeypatch.setattr("saes.engine.product.ROWS", 7)
-    monkeypatch.setattr("saes.engine.product.ENTRIES", entries)
+    monkeypatch.setattr("saes.engine.product.BYTES", 4 * entries)
     torch.manual_seed(width)
     W, b, encoder = torch.randn(width, 8), torch.randn(width), Encoder()
     W[: width // 2] *= 30  # the large ones sit together
@@ -177,7 +177,7 @@ def test_tiles_are_the_product_in_order(openblas, threads, monkeypatch):
     asked = []
     monkeypatch.setattr("saes.engine.product._openblas_is_faster", lambda: openblas)
     monkeypatch.setattr("saes.engine.product.ROWS", 4)
-    monkeypatch.setattr("saes.engine.product.ENTRIES", 60)
+    monkeypatch.setattr("saes.engine.product.BYTES", 240)
     monkeypatch.setattr("numpy.matmul", lambda *a, matmul=np.matmul, **b: asked.append(1) or matmul(*a, **b))
     torch.manual_seed(0)
     x, W, wanted = torch.randn(11, 7), torch.randn(30, 7), torch.empty(11, 30).fill_(torch.inf)
@@ -197,7 +197,7 @@ def test_tiles_are_the_product_in_order(openblas, threads, monkeypatch):
 
 def test_what_is_not_wanted_of_some_rows_stops_the_rest(threads, monkeypatch):
     monkeypatch.setattr("saes.engine.product.ROWS", 1)
-    monkeypatch.setattr("saes.engine.product.ENTRIES", 1)
+    monkeypatch.setattr("saes.engine.product.BYTES", 1)
     seen = []
     assert Products().each(torch.ones(500, 2), torch.ones(3, 2), lambda first, *_: seen.append(first)) is None
     assert 1 <= len(seen) <= threads
@@ -208,7 +208,7 @@ def test_what_is_not_wanted_of_some_rows_stops_the_rest(threads, monkeypatch):
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_same_threads_same_bytes(kind, threads, monkeypatch):
     monkeypatch.setattr("saes.engine.product.ROWS", 8)
-    monkeypatch.setattr("saes.engine.product.ENTRIES", 8 * 40 * threads)
+    monkeypatch.setattr("saes.engine.product.BYTES", 4 * 8 * 40 * threads)
     config, batches = AS_OURS[kind], toy(20 * ROWS, 0).split(ROWS)
     first, again = (Trainer(config, D, batches[0].mean(0), len(batches), seed=3) for _ in range(2))
     for batch in batches:

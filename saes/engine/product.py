@@ -35,8 +35,8 @@ Tiles = Iterator[tuple[int, Float[Tensor, "row latent"]]]
 ROWS = 1024
 """Rows of a tile on a CPU, if there are as many for each thread: the product then runs at full speed."""
 
-ENTRIES = 2**22
-"""Entries of the tiles of all threads: 16 MiB, which a last-level cache holds."""
+BYTES = 2**24
+"""Size of the tiles of all threads, which a last-level cache holds."""
 
 
 class Products:
@@ -106,7 +106,7 @@ def _tile(x: Tensor, width: int, threads: int, least: int) -> tuple[int, int]:
     """Rows and latents of a tile."""
     if x.device.type != "cpu":
         return len(x), width
-    entries = ENTRIES // threads
+    entries = BYTES // x.element_size() // threads
     rows = min(max(ROWS, entries // width), -(-len(x) // threads))
     return rows, min(width, max(least, entries // rows))
 
