@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from saes.engine.team import team
+from saes.engine.team import around
 
 __all__ = ["Codes", "DenseCodes", "SparseCodes"]
 
@@ -60,8 +60,8 @@ class SparseCodes:
         number = np.arange(len(self.latent), dtype=np.int32)
         by_row = csr_array((number, self.latent.numpy(), self._ends.numpy()), shape=(self.rows, self.width))
         by_latent = by_row.tocsc()
-        found = by_latent.data, by_latent.indices, by_latent.indptr
-        return tuple(torch.from_numpy(part).long() for part in found)
+        order, row, ends = by_latent.data, by_latent.indices, by_latent.indptr
+        return torch.from_numpy(order).long(), torch.from_numpy(row).long(), torch.from_numpy(ends).long()
 
     def split(self, levels: tuple[int, ...]) -> SparseCodes:
         """Each row as `len(levels)` rows, one for the latents of each level (levels are the ends of the ranges)."""
@@ -128,13 +128,18 @@ def _bags(
 ) -> None:
     """Of each bag, the sum of the rows of `W` that are inside times their values, to `out`; `most` bags at a time."""
 
+    workers = around()
+    parts = workers.parts(out, most if out.device.type == "cpu" else None)
+    if len(parts) == 1:  # without a look at `ends`, for which a GPU would have to be waited for
+        out.copy_(F.embedding_bag(inside, W, ends[:-1], mode="sum", per_sample_weights=value))
+        return
+
     def make(part: slice) -> None:
         first, last = int(ends[part.start]), int(ends[part.stop])
         begin, weights = ends[part] - first, value[first:last]
         out[part] = F.embedding_bag(inside[first:last], W, begin, mode="sum", per_sample_weights=weights)
 
-    with team() as workers:
-        workers.map(make, workers.parts(out, most))
+    workers.map(make, parts)
 
 
 def _sampled(
@@ -142,22 +147,25 @@ def _sampled(
 ) -> Float[Tensor, " code"]:
     """`<A_i, B_j>` for the columns j of each row i."""
 
-    def make(part: slice) -> Tensor:
-        first, last = int(ends[part.start]), int(ends[part.stop])
-        shape = (part.stop - part.start, len(B))
-        inside = ends[part.start : part.stop + 1] - first
-        return torch.sparse_csr_tensor(
-            inside, column[first:last], A.new_zeros(last - first), shape, check_invariants=False
-        )
-
-    with team() as workers:
-        parts = workers.parts(A)
-        with warnings.catch_warnings():  # here, as threads share the filters
-            warnings.simplefilter("ignore")  # "CSR is in beta"
-            patterns = [make(part) for part in parts]
-        both = list(zip(patterns, parts, strict=True))
-        found = workers.map(lambda one: torch.sparse.sampled_addmm(one[0], A[one[1]], B.T, beta=0.0).values(), both)
-        return torch.cat(found)
+    workers = around()
+    parts = workers.parts(A)
+    cuts = [(0, len(column))] if len(parts) == 1 else [(int(ends[p.start]), int(ends[p.stop])) for p in parts]
+    with warnings.catch_warnings():  # once for all threads, as they share the filters
+        warnings.simplefilter("ignore")  # "CSR is in beta"
+        patterns = [
+            torch.sparse_csr_tensor(
+                ends[part.start : part.stop + 1] - first,
+                column[first:last],
+                A.new_zeros(last - first),
+                (part.stop - part.start, len(B)),
+                check_invariants=False,
+            )
+            for part, (first, last) in zip(parts, cuts, strict=True)
+        ]
+    both = list(zip(patterns, parts, strict=True))
+    return torch.cat(
+        workers.map(lambda one: torch.sparse.sampled_addmm(one[0], A[one[1]], B.T, beta=0.0).values(), both)
+    )
 
 
 class DenseCodes:

@@ -5,7 +5,8 @@ thread of BLAS: what follows the product (the choice of its largest entries, in 
 nothing waits between the two.
 
 torch brings Intel's MKL, NumPy its own OpenBLAS. On AMD processors OpenBLAS does this product in about nine tenths of
-MKL's time at d = 256 and 768 (Zen 3, latents x16; at d = 128 it needs up to a tenth more), so it is taken there.
+MKL's time at d = 256 and 768 on Zen 3 (latents x16; at d = 128 it needs up to a tenth more) and in two thirds of it on
+Zen 4, whose longer vectors MKL leaves out, so it is taken there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from saes.engine.team import Team, team
 
-__all__ = ["Products"]
+__all__ = ["Products", "multiplies_bf16"]
 
 T = TypeVar("T")
 
@@ -37,6 +38,9 @@ ROWS = 1024
 
 BYTES = 2**24
 """Size of the tiles of all threads, which a last-level cache holds."""
+
+SMALL = 16**3
+"""Of so many multiplications or fewer, torch adds up bf16 products in bf16; of more, in fp32."""
 
 
 class Products:
@@ -125,7 +129,15 @@ def _product(
         with np.errstate(all="ignore"):  # what is not finite is found by its loss
             np.matmul(x.numpy(), W.numpy().T, out=out.numpy())
         return out
+    if x.dtype == torch.bfloat16 and not (multiplies_bf16() and out.numel() * x.shape[1] > SMALL):
+        return out.copy_(x.float() @ W.float().T)
     return torch.mm(x, W.T, out=out)
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether the processor does. The same in every run on a machine."""
+    return "avx512_bf16" in _cpuinfo()
 
 
 def _by_openblas(x: Tensor, W: Tensor) -> bool:
@@ -135,8 +147,12 @@ def _by_openblas(x: Tensor, W: Tensor) -> bool:
 @cache
 def _openblas_is_faster() -> bool:
     """Whether the processor is AMD's and NumPy brings OpenBLAS. The same in every run on a machine."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text() and len(_openblas()) == 1
+    return "AuthenticAMD" in _cpuinfo() and len(_openblas()) == 1
+
+
+def _cpuinfo() -> str:
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
 
 
 @cache

@@ -9,14 +9,11 @@ entry is at least what the exact one is:
 What an exact choice takes is therefore among the entries that reach its bound, and hardly more reach it: the errors are
 thousandths of `|x_n| |w_j|`. So the choice is that of the fp32 product, and no value of bf16 is used further.
 
-Entries are compared as the 16-bit integers that they are written as, which have the order of the numbers wherever one of
-the two is positive.
+Entries are compared as the 16-bit integers that they are written as, which have the order of the numbers wherever one
+of the two is positive.
 """
 
 from __future__ import annotations
-
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,23 +22,16 @@ from torch import Tensor
 
 from saes.engine.team import team
 
-__all__ = ["STEP", "Screen", "bits_below", "from_bits", "screens"]
+__all__ = ["ROUNDED", "Screen", "bits_below", "from_bits"]
 
-STEP = 2.0**-8
-"""Two numbers next to each other in bf16 differ by at most this share; rounding to the nearest moves by half of it."""
+ROUNDED = 2.0**-8 * (1 + 2.0**-6)
+"""Rounding to bf16 moves a number by less than this share of itself."""
 
-SUMMED = 2.0**-23
-"""What one addition in fp32 loses at most, beside the sum of the sizes."""
+SUMMED = 2.0**-22
+"""What adding up in fp32, here and in the exact product, loses with each number at most, beside the sum of all."""
 
 PART = 1024
 """Rows that are rounded at one time."""
-
-
-@cache
-def screens() -> bool:
-    """Whether the processor multiplies in bf16. The same in every run on a machine."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
 
 
 class Screen:
@@ -67,7 +57,7 @@ class Screen:
         d = W.shape[1]
         self.rows, of_rows, error_of_rows = _rounded(x, None)
         self.latents, of_latents, error_of_latents = _rounded(W, gain)
-        a, e = _up(error_of_rows), _up(of_rows * (1 + STEP))
+        a, e = _up(error_of_rows), _up(of_rows * (1 + ROUNDED))
         w, c = _up(of_latents), _up(error_of_latents + d * SUMMED * of_latents)
         b = b * gain
         bias = _up(b)
@@ -103,7 +93,7 @@ def _rounded(
 
 def _up(x: Float[Tensor, " n"]) -> Tensor:
     """In bf16, and not less."""
-    return (x + STEP * x.abs()).bfloat16()
+    return (x + ROUNDED * x.abs()).bfloat16()
 
 
 def bits_below(bound: Float[np.ndarray, "*n"]) -> Int16[np.ndarray, "*n"]:
@@ -111,7 +101,7 @@ def bits_below(bound: Float[np.ndarray, "*n"]) -> Int16[np.ndarray, "*n"]:
 
     Where that is not positive: less than all bits, which every entry reaches.
     """
-    low = np.asarray(bound * (1 - STEP), np.float32)
+    low = np.asarray(bound * (1 - ROUNDED), np.float32)
     bits = (low.view(np.int32) >> 16).astype(np.int16)
     return np.where(low > 0, bits, np.int16(-(2**15)))
 

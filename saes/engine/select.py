@@ -25,8 +25,8 @@ from jaxtyping import Bool, Float, Int16, Int64
 from torch import Tensor
 
 from saes.engine.codes import SparseCodes
-from saes.engine.product import Products, Tiles
-from saes.engine.screen import STEP, Screen, bits_below, from_bits, screens
+from saes.engine.product import Products, Tiles, multiplies_bf16
+from saes.engine.screen import ROUNDED, Screen, bits_below, from_bits
 
 __all__ = ["Encoder"]
 
@@ -150,9 +150,7 @@ class Encoder:
         row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
         return row, latent, value
 
-    def _above_guess(
-        self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, guess: float, screen: Screen | None
-    ) -> Found:
+    def _above_guess(self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, guess: float, screen: Screen | None) -> Found:
         """Row, latent and value of the entries of `(x @ W.T + b) * gain` above a guess."""
         if screen is None or guess <= 0:
             found = self._exceeding(x, W, b, guess / gain.clamp(min=1e-30))
@@ -212,7 +210,7 @@ class Encoder:
 
 def _screened(x: Tensor) -> bool:
     """Whether a product in bf16 comes first."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and screens()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and multiplies_bf16()
 
 
 def _near(
@@ -227,7 +225,7 @@ def _near(
     for begin, tile in tiles:
         bits = _bits(tile)
         largest = _largest(np.concatenate([largest, _maxima(bits, k)], axis=1), k)
-        least = bits_below(from_bits(largest[:, 0]) * np.float32(1 - STEP) - slack)
+        least = bits_below(from_bits(largest[:, 0]) * np.float32(1 - ROUNDED) - slack)
         if least.min() < 0:
             return None
         flat = _where(np.greater_equal(bits, least[:, None]))

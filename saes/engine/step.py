@@ -28,6 +28,7 @@ from saes.engine.codes import SparseCodes
 from saes.engine.dead import auxiliary
 from saes.engine.gates import gated, jumprelu
 from saes.engine.select import Encoder
+from saes.engine.team import around, own_threads
 from saes.engine.weights import Weights
 
 __all__ = ["Step", "gradients"]
@@ -97,7 +98,7 @@ def _top(
     else:
         parts, flow = codes, codes.decode(value, W_dec).add_(weights["b_dec"]).sub_(y)
         if "W_skip" in weights:
-            flow.addmm_(read, weights["W_skip"])
+            around().each(lambda part: flow[part].addmm_(read[part], weights["W_skip"]), flow)
         flow = flow[:, None]
     loss, last = flow.norm(dim=-1).square().sum().item() / len(x), flow[:, -1]
     _back(flow)
@@ -107,10 +108,11 @@ def _top(
     result = {"W_dec": parts.gather(value * rate, flow, encoder.kept("W_dec", W_dec))}
     result |= {"enc": codes.gather(into, read, encoder.kept("enc", weights["enc"])), "b_enc": codes.total(into)}
     if "W_skip" in weights:
-        result["W_skip"] = (read.T @ flow) * rate
+        result["W_skip"] = torch.cat(around().each(lambda part: read.T[part] @ flow, read.T)) * rate
     fired = torch.bincount(codes.latent, minlength=config.width) > 0
     if bool(dead.any()):
-        loss += auxiliary(weights, read, last, dead, result)
+        with own_threads():
+            loss += auxiliary(weights, read, last, dead, result)
     result["b_dec"] = to_bias if transcodes else to_bias - result["b_enc"] @ weights["enc"]
     return Step(loss, result, fired, float(scaled.min()) if len(scaled) else 0.0)
 

@@ -20,9 +20,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Team", "team"]
+__all__ = ["Team", "around", "own_threads", "team"]
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 _here = local()
 
@@ -96,6 +97,27 @@ def team() -> Iterator[Team]:
         _here.team = None
         if threads > 1:
             torch.set_num_threads(threads)
+
+
+def around() -> Team:
+    """The team that the calling thread is in; where there is none, one of itself, as torch has its own threads then."""
+    return getattr(_here, "team", None) or ALONE
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Inside a team: torch has the threads of the team for what follows, large operations that it divides itself."""
+    outer = getattr(_here, "team", None)
+    if outer is None or outer.size == 1:
+        yield
+        return
+    _here.team = None
+    torch.set_num_threads(outer.size)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+        _here.team = outer
 
 
 @cache

@@ -7,6 +7,7 @@ and decay of the learning rate), without autograd. It holds no data and writes n
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saes.config import BatchTopKConfig, MatryoshkaConfig, TrainConfig, TranscoderConfig
+from saes.config import BatchTopKConfig, GatedConfig, JumpReLUConfig, MatryoshkaConfig, TrainConfig, TranscoderConfig
 from saes.engine.select import Encoder
 from saes.engine.step import gradients
-from saes.engine.team import team
+from saes.engine.team import around, team
 from saes.engine.weights import Weights, initial
 
 __all__ = ["Trainer"]
@@ -71,13 +72,13 @@ class Trainer:
 
         Raises FloatingPointError, with the weights as they were, when the loss or a gradient is not finite.
         """
-        with team():
-            return self._step(x, y)
+        gated = isinstance(self.config, JumpReLUConfig | GatedConfig)  # whose operations are large at first
+        with nullcontext() if gated else team():
+            return self._step(x, x if y is None else y)
 
-    def _step(self, x: Tensor, y: Tensor | None) -> float:
+    def _step(self, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]) -> float:
         if "threshold" in self.weights:
             self.weights["threshold"].clamp_(min=0.0)
-        y = x if y is None else y
         found = gradients(self.config, self.weights, x, y, self.dead, self._warm(), self._encoder)
         norm = torch.linalg.vector_norm(torch.stack([_length(g) for g in found.gradients.values()]))
         if not (math.isfinite(found.loss) and bool(torch.isfinite(norm))):
@@ -117,9 +118,9 @@ class Trainer:
                 found_inf=None,
             )
 
-        with team() as workers:
-            split = [[(name, part) for part in workers.parts(weight)] for name, weight in self.weights.items()]
-            workers.map(update, [[one for one in parts if one] for parts in zip_longest(*split)])
+        workers = around()
+        split = [[(name, part) for part in workers.parts(weight)] for name, weight in self.weights.items()]
+        workers.map(update, [[one for one in parts if one] for parts in zip_longest(*split)])
 
     def _rate(self) -> float:
         """Learning rate of this step beside the peak: up over the first 5 % of the steps, down over the last 20 %."""
@@ -163,5 +164,4 @@ class Trainer:
 
 
 def _length(x: Tensor) -> Tensor:
-    with team() as workers:
-        return torch.linalg.vector_norm(torch.stack(workers.each(lambda part: x[part].norm(), x)))
+    return torch.linalg.vector_norm(torch.stack(around().each(lambda part: x[part].norm(), x)))
