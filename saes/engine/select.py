@@ -353,6 +353,8 @@ def _flatnonzero(x: Float[Tensor, "row latent"], bound: Float[Tensor, " latent"]
 def _where(flags: Bool[np.ndarray, "row latent"]) -> Int64[np.ndarray, " code"]:
     """Flat numbers of the flags that are set: of eight at a time first, as few are, in half of `flatnonzero`'s time."""
     flags = flags.reshape(-1)
+    if np.count_nonzero(flags) > len(flags) // 16:
+        return np.flatnonzero(flags)
     eights = len(flags) // 8 * 8
     some = np.flatnonzero(flags[:eights].view(np.uint64) != 0)
     inside = np.flatnonzero(flags[:eights].view(np.uint64).take(some).view(bool))
