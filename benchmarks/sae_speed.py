@@ -29,8 +29,8 @@ SCRIPT = Path(__file__).parent / "peers" / "run_dictionary.py"
 ELSEWHERE = {"topk": ("dictionary_learning", "sparsify"), "batchtopk": ("dictionary_learning",)}
 ELSEWHERE["matryoshka"] = ELSEWHERE["batchtopk"]
 REST = 0.05
-"""Seconds before each turn: torch's threads spin for some milliseconds after their last operation, on the other core, and
-that would be time of whoever comes next."""
+"""Seconds before each turn: torch's threads spin for some milliseconds after their last operation, on the other core,
+and that would be time of whoever comes next."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from mechinterp.audit.dictionary import dictionary_of
 from mechinterp.audit.explainers import Compared, Comparison
 from mechinterp.errors import UsageError
 from mechinterp.experiments import run_experiment
-from mechinterp.experiments.iq_multimodal import separate_rbp
+from mechinterp.experiments.iq_multimodal import _hardened, separate_rbp
 from mechinterp.experiments.iq_sanity import Likeness, another_dictionary, memorised, pooled
 from mechinterp.experiments.iq_study import Study
 from mechinterp.experiments.main_report import Found, shortcut_claims
+from mechinterp.experiments.multimodal_report import APART, JOINT, KINDS, ONE, PAIR
 from mechinterp.experiments.sanity_report import ALL, ON_TOYS, _drawn, report
 from mechinterp.explain.question import Part, Question
 from mechinterp.metrics.sanity import judge
@@ -127,11 +128,29 @@ def test_a_map_shows_the_shortcut_only_where_its_interval_is_above_chance(low, s
 
 
 def test_both_at_once_costs_fewer_explanations_and_is_counted(quick):
-    """1 + 3 + 3 rows a row for each modality by itself, 1 + 3 for both at once, 1 + 2 for one pair."""
     result, written, _ = quick("iq-multimodal")
     cost = {row["variant"]: row["value"] for row in written["rows"] if row["name"] == "cost"}
-    assert set(cost) == {"plain", "RBP, each modality", "RBP, both at once", "RBP, one pair"} and cost["plain"] == 1
+    assert set(cost) == {"plain", *KINDS} and cost["plain"] == 1
     assert any("phantom-clip" in claim.claim for claim in result.claims)
+    asked = {(row["explainer"], row["variant"]) for row in written["rows"] if row["name"] == "R"}
+    assert {kind for method, kind in asked if method == "gradient_times_input"} == {"plain", *KINDS}
+    assert {kind for method, kind in asked if method == "integrated_gradients"} == {"plain", ONE}
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(APART, 7), (JOINT, 4), (PAIR, 3), (ONE, 2)])
+def test_explanations_of_each_kind_of_rbp(kind, rows):
+    """1 + 3 + 3 for each modality by itself, 1 + 3 for both at once, 1 + 2 for a pair, 1 + 1 for one perturbation."""
+    parts = tuple(
+        Part("column", torch.ones(4, 2), torch.zeros(4, 2), torch.tensor([2 * i, 2 * i + 1])) for i in range(2)
+    )
+    asked = []
+
+    def explain(question, _generator):
+        asked.append(len(question))
+        return torch.cat(question.values, 1)
+
+    _hardened(explain)[kind](Question(parts, lambda values: values[0].sum(1), 4, tuple("abcd")), torch.Generator())
+    assert sum(asked) == 4 * rows
 
 
 def test_a_part_is_hardened_by_its_own_perturbations_alone():

@@ -11,9 +11,10 @@ from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
 from mechinterp.experiments.iq_study import PLAIN, Difference, Study, corrected
 from mechinterp.experiments.result import Claim, Result, Row, Table
 
-__all__ = ["APART", "JOINT", "PAIR", "Found", "condition", "report"]
+__all__ = ["APART", "JOINT", "KINDS", "ONE", "PAIR", "Found", "condition", "report"]
 
-APART, JOINT, PAIR = "RBP, each modality", "RBP, both at once", "RBP, one pair"
+APART, JOINT, PAIR, ONE = "RBP, each modality", "RBP, both at once", "RBP, one pair", "RBP, one perturbation"
+KINDS = (APART, JOINT, PAIR, ONE)
 SHOWN = ("R", "F_dist", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage", "R_floor", "slot")
 
 
@@ -31,8 +32,11 @@ def condition(psi: float) -> str:
     return f"psi {psi:g}"
 
 
-def report(found: dict[str, Found], hardened: Sequence[str], strengths: Sequence[float]) -> Result:
-    """Rows, claims, tables and the figure. `hardened`: the methods that RBP was put on; `strengths`: every psi.
+def report(found: dict[str, Found], hardened: Sequence[str], once: Sequence[str], strengths: Sequence[float]) -> Result:
+    """Rows, claims, tables and the figure.
+
+    `hardened`: the methods that every kind of RBP was put on; `once`: those that one perturbation was; `strengths`:
+    every psi.
 
     The methods of a model are those of its `words`, those whose cost was taken the ones in `cost`.
     """
@@ -42,8 +46,8 @@ def report(found: dict[str, Found], hardened: Sequence[str], strengths: Sequence
     claims: list[Claim] = []
     for name, f in found.items():
         methods = tuple(f.words)
-        own = [m for m in hardened if m in methods]
-        arms = [(m, PLAIN) for m in methods] + [(m, v) for m in own for v in (APART, JOINT, PAIR)]
+        own = {m: KINDS if m in hardened else (ONE,) for m in methods if m in (*hardened, *once)}
+        arms = [(m, PLAIN) for m in methods] + [(m, v) for m, kinds in own.items() for v in kinds]
         for psi in strengths:
             kept = f.study.kept(condition(psi))
             rows.append(Row("gated out", float(1 - kept.mean()), len(kept), None, {"model": name, "psi": psi}))
@@ -88,30 +92,34 @@ def _direction(claim: str, differences: dict[str, Difference], methods: Sequence
     )
 
 
-def _rbp_claims(name: str, f: Found, hardened: Sequence[str], psi: float) -> list[Claim]:
-    if not hardened:
-        return []
-    at = condition(psi)
-    gains = {m: f.study.change((at, m, PAIR), (at, m, PLAIN), "IS_p2") for m in hardened}
-    timed = list(dict.fromkeys(m for m, _ in f.cost))
-    dearest = max((f.cost[m, PAIR], m) for m in timed)
-    same = {
-        m: _apart(f.study.values((at, m, PAIR), "IS_p2"), f.study.values((at, m, APART), "IS_p2")) for m in hardened
-    }
-    return [
-        _direction(f"{name}: RBP of both modalities lowers IS under injection", gains, hardened, -1),
-        Claim(
-            f"{name}: RBP of both modalities costs at most 3 explanations",
-            dearest[0] <= 3.05,
-            "; ".join(f"{m} {f.cost[m, PAIR]:.2f}" for m in timed)
-            + " (in CPU time; by count it is exactly 3: the input and one pair)",
-        ),
-        Claim(
-            f"{name}: the cheap RBP does what the dear one does (IS within 0.01 in every image)",
-            max(same.values()) <= 0.01,
-            "; ".join(f"{m}: largest difference {v:.4f}" for m, v in same.items()),
-        ),
-    ]
+def _rbp_claims(name: str, f: Found, own: dict[str, tuple[str, ...]], psi: float) -> list[Claim]:
+    at, timed, claims = condition(psi), list(dict.fromkeys(m for m, _ in f.cost)), []
+    for kind, count in ((PAIR, "the input and one pair"), (ONE, "the input and one perturbation")):
+        gains = {m: f.study.change((at, m, kind), (at, m, PLAIN), "IS_p2") for m in own if kind in own[m]}
+        if gains:
+            claims.append(_direction(f"{name}: {kind}, lowers IS under injection", gains, list(gains), -1))
+        spent = "; ".join(f"{m} {f.cost[m, kind]:.2f}" for m in timed)
+        claims.append(
+            Claim(
+                f"{name}: {kind}, costs at most 3 explanations",
+                max(f.cost[m, kind] for m in timed) <= 3.05,
+                f"{spent} (in CPU time; by count {3 if kind == PAIR else 2}: {count})",
+            )
+        )
+        same = {
+            m: _apart(f.study.values((at, m, kind), "IS_p2"), f.study.values((at, m, APART), "IS_p2"))
+            for m in own
+            if APART in own[m]
+        }
+        if same:
+            claims.append(
+                Claim(
+                    f"{name}: {kind}, does what the dear one does (IS within 0.01 in every image)",
+                    max(same.values()) <= 0.01,
+                    "; ".join(f"{m}: largest difference {v:.4f}" for m, v in same.items()),
+                )
+            )
+    return claims
 
 
 def _apart(one: np.ndarray, other: np.ndarray) -> float:
@@ -134,13 +142,13 @@ def _changes(name: str, moved: dict, methods: Sequence[str], psi: float) -> Tabl
     return Table(f"{name}: what injection (psi {psi:g}) changes; paired, 95 %", header, lines)
 
 
-def _rbp_table(name: str, f: Found, hardened: Sequence[str], strengths: Sequence[float]) -> Table:
+def _rbp_table(name: str, f: Found, own: dict[str, tuple[str, ...]], strengths: Sequence[float]) -> Table:
     lines = []
-    for m in hardened:
-        for variant in (APART, JOINT, PAIR):
+    for m, kinds in own.items():
+        for variant in kinds:
             at = [condition(p) for p in strengths]
             cells = [str(f.study.change((c, m, variant), (c, m, PLAIN), "IS_p2")) for c in at]
-            lines.append((m, variant, *cells, f.cost[m, variant]))
+            lines.append((m, variant, *cells, f.cost.get((m, variant), "not timed")))
     header = ("explainer", "RBP", *(f"change of IS, psi {p:g}" for p in strengths), "cost in explanations")
     return Table(f"{name}: RBP of both modalities", header, tuple(lines))
 
