@@ -46,7 +46,9 @@ def report(found: dict[str, Found], hardened: Sequence[str], once: Sequence[str]
     claims: list[Claim] = []
     for name, f in found.items():
         methods = tuple(f.words)
-        own = {m: KINDS if m in hardened else (ONE,) for m in methods if m in (*hardened, *once)}
+        own: dict[str, tuple[str, ...]] = {
+            m: KINDS if m in hardened else (ONE,) for m in methods if m in (*hardened, *once)
+        }
         arms = [(m, PLAIN) for m in methods] + [(m, v) for m, kinds in own.items() for v in kinds]
         for psi in strengths:
             kept = f.study.kept(condition(psi))
