@@ -104,3 +104,18 @@ def test_what_is_not_finite_is_refused(value, monkeypatch):
     for choose in (Encoder().row_topk, Encoder().batch_topk):
         with pytest.raises(FloatingPointError, match="not a number"):
             choose(x, W, torch.zeros(300), torch.ones(300), 5)
+
+
+def test_what_the_last_batch_left_changes_no_bit(monkeypatch):
+    """A run that goes on from a checkpoint has no guess; the run that wrote it may have had one of zero."""
+    monkeypatch.setattr("saes.engine.select.multiplies_bf16", lambda: True)
+    torch.manual_seed(0)
+    W, b, gain = torch.randn(100, 24), torch.zeros(100), torch.rand(100)
+    x, before = torch.randn(50, 24), Encoder()
+    before.batch_topk(-x.abs(), W.abs(), b, gain, 4)  # nothing is positive
+    assert before._guess == 0
+    (codes, value), (again, wanted) = (e.batch_topk(x, W, b, gain, 4) for e in (before, Encoder()))
+    assert torch.equal(value, wanted) and torch.equal(codes.latent, again.latent) and torch.equal(codes.row, again.row)
+    few = torch.full_like(b, -12.0)  # fewer positive entries than wanted: the guess has to come down to zero
+    (_, value), (_, wanted) = (Encoder().batch_topk(x, W, few, gain, 30), before.batch_topk(x, W, few, gain, 30))
+    assert torch.equal(value, wanted) and 0 < len(value) < 50 * 30

@@ -153,10 +153,16 @@ class Encoder:
     def _above_guess(self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, guess: float, screen: Screen | None) -> Found:
         """Row, latent and value of the entries of `(x @ W.T + b) * gain` above a guess."""
         if screen is None or guess <= 0:
-            found = self._exceeding(x, W, b, guess / gain.clamp(min=1e-30))
+            # bounds of both signs have no order as bits; every value is made by `_exact` all the same, as a run that
+            # goes on from a checkpoint may have another guess and has to end in the same bytes
+            least = guess if screen is None else -float(screen.slack.max())
+            found = self._exceeding(x, W, b, least / gain.clamp(min=1e-30))
             assert found is not None  # no share was asked for
             row, latent, value = found
-            return row, latent, value.mul_(gain.index_select(0, latent))
+            if screen is None:
+                return row, latent, value.mul_(gain.index_select(0, latent))
+            value = torch.from_numpy(_exact(x, W, b, gain, row.numpy(), latent.numpy()))
+            return row[value > 0], latent[value > 0], value[value > 0]
         bound = bits_below(np.asarray(guess, np.float32))
 
         def exceeding(first: int, rows: int, tiles: Tiles) -> Found:
