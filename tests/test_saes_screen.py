@@ -1,5 +1,7 @@
 """The bf16 product of upper bounds: it never hides an entry that an exact choice would take."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +121,19 @@ def test_what_the_last_batch_left_changes_no_bit(monkeypatch):
     few = torch.full_like(b, -12.0)  # fewer positive entries than wanted: the guess has to come down to zero
     (_, value), (_, wanted) = (Encoder().batch_topk(x, W, few, gain, 30), before.batch_topk(x, W, few, gain, 30))
     assert torch.equal(value, wanted) and 0 < len(value) < 50 * 30
+
+
+def test_threads_leave_the_filters_of_warnings_alone(monkeypatch):
+    monkeypatch.setattr("saes.engine.select.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("saes.engine.product.ROWS", 8)
+    monkeypatch.setattr("saes.engine.product.BYTES", 2**14)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    encoder, filters = Encoder(), list(warnings.filters)
+    monkeypatch.setattr("warnings.catch_warnings", None)  # nobody may open them in a step
+    torch.manual_seed(0)
+    x, W = torch.randn(200, 12), torch.randn(100, 12)
+    for _ in range(5):
+        encoder.row_topk(x, W, torch.zeros(100), torch.ones(100), 4)
+    torch.set_num_threads(before)
+    assert warnings.filters == filters

@@ -9,7 +9,7 @@ same four products are dense, behind the same names.
 from __future__ import annotations
 
 import warnings
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saes.engine.team import around
 
-__all__ = ["Codes", "DenseCodes", "SparseCodes"]
+__all__ = ["Codes", "DenseCodes", "SparseCodes", "warned"]
 
 PART = 2**20
 """Entries of a gradient that are made at one time on a CPU: 4 MiB. A result of more than 32 MiB is new memory in each
@@ -127,7 +127,6 @@ def _bags(
     most: int,
 ) -> None:
     """Of each bag, the sum of the rows of `W` that are inside times their values, to `out`; `most` bags at a time."""
-
     workers = around()
     parts = workers.parts(out, most if out.device.type == "cpu" else None)
     if len(parts) == 1:  # without a look at `ends`, for which a GPU would have to be waited for
@@ -146,26 +145,36 @@ def _sampled(
     ends: Int64[Tensor, " end"], column: Int64[Tensor, " code"], A: Float[Tensor, "n d"], B: Float[Tensor, "m d"]
 ) -> Float[Tensor, " code"]:
     """`<A_i, B_j>` for the columns j of each row i."""
-
     workers = around()
     parts = workers.parts(A)
     cuts = [(0, len(column))] if len(parts) == 1 else [(int(ends[p.start]), int(ends[p.stop])) for p in parts]
-    with warnings.catch_warnings():  # once for all threads, as they share the filters
-        warnings.simplefilter("ignore")  # "CSR is in beta"
-        patterns = [
-            torch.sparse_csr_tensor(
-                ends[part.start : part.stop + 1] - first,
-                column[first:last],
-                A.new_zeros(last - first),
-                (part.stop - part.start, len(B)),
-                check_invariants=False,
-            )
-            for part, (first, last) in zip(parts, cuts, strict=True)
-        ]
+    warned()
+    patterns = [
+        torch.sparse_csr_tensor(
+            ends[part.start : part.stop + 1] - first,
+            column[first:last],
+            A.new_zeros(last - first),
+            (part.stop - part.start, len(B)),
+            check_invariants=False,
+        )
+        for part, (first, last) in zip(parts, cuts, strict=True)
+    ]
     both = list(zip(patterns, parts, strict=True))
     return torch.cat(
         workers.map(lambda one: torch.sparse.sampled_addmm(one[0], A[one[1]], B.T, beta=0.0).values(), both)
     )
+
+
+@cache
+def warned() -> None:
+    """Have torch say, once for all and to nobody, that CSR is in beta.
+
+    Before threads share a step out: they share the filters of warnings too, and would leave each other's behind.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        none = torch.zeros(1, dtype=torch.long)
+        torch.sparse_csr_tensor(none, none[:0], torch.zeros(0), (0, 0), check_invariants=False)
 
 
 class DenseCodes:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int16, Int64
 from torch import Tensor
 
-from saes.engine.codes import SparseCodes
+from saes.engine.codes import SparseCodes, warned
 from saes.engine.product import Products, Tiles, multiplies_bf16
 from saes.engine.screen import ROUNDED, Screen, bits_below, from_bits
 
@@ -47,6 +47,7 @@ class Encoder:
     """The choice among the entries of `x @ W.T`, with its buffers and the last bound kept between steps."""
 
     def __init__(self):
+        warned()
         self._products = Products()
         self._scaled = torch.empty(0, 0)
         self._guess = -1.0
