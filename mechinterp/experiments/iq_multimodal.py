@@ -6,6 +6,8 @@
 3. RBP four ways: each modality perturbed by itself (1 + 3 + 3 explanations), both at once (1 + 3), both at once in one
    pair of opposite perturbations (1 + 2), and both at once, once (1 + 1). IS of each, and the time of each in single
    explanations. Methods that remove elements have the last one only.
+
+About an hour of CPU time: 37 minutes for phantom-clip, 26 for phantom-llava.
 """
 
 from __future__ import annotations
