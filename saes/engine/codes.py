@@ -26,7 +26,6 @@ PART = 2**20
 """Entries of a gradient that are made at one time on a CPU: 4 MiB. A result of more than 32 MiB is new memory in each
 step, whose pages the system has to find and clear; that costs as much as the sums themselves."""
 
-
 NEAR = 2**20
 """Entries of a matrix whose rows can be taken in any order on a CPU: 4 MiB, which the caches near a core hold."""
 
@@ -48,7 +47,7 @@ class SparseCodes:
         return torch.searchsorted(self.row, torch.arange(self.rows + 1, device=self.row.device))
 
     @cached_property
-    def _by_latent(self) -> tuple[Int64[Tensor, " code"], Int64[Tensor, " code"], Int64[Tensor, " latent"]]:
+    def _by_latent(self) -> tuple[Int64[Tensor, " code"], Int64[Tensor, " code"], Int64[Tensor, " end"]]:
         """The order of the codes by latent, their rows in it, where each latent starts, and where the last one ends."""
         if self.latent.device.type == "cpu":
             return self._counted()

@@ -81,7 +81,7 @@ class Encoder:
         choose, least = (_refined, 8 * k) if refined else (_by_topk, width)
         found = self._products.each(x, W, lambda first, rows, tiles: choose(first, rows, tiles, k), least)
         assert found is not None  # none was refused
-        row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        row, latent, value = _joined(found)
         return SparseCodes(row, latent, len(x), len(W)), value
 
     def batch_topk(
@@ -146,10 +146,7 @@ class Encoder:
             return _tensors(row.take(keep) + first, latent.take(keep), value.take(keep))
 
         found = self._products.each(screen.rows, screen.latents, choose, 8 * k)
-        if found is None:
-            return None
-        row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return row, latent, value
+        return None if found is None else _joined(found)
 
     def _above_guess(self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, guess: float, screen: Screen | None) -> Found:
         """Row, latent and value of the entries of `(x @ W.T + b) * gain` above a guess."""
@@ -179,8 +176,7 @@ class Encoder:
 
         found = self._products.each(screen.rows, screen.latents, exceeding)
         assert found is not None  # none was refused
-        row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return row, latent, value
+        return _joined(found)
 
     def _first_guess(self, x: Tensor, W: Tensor, b: Tensor, gain: Tensor, k: int) -> float:
         """A bound that some `k` entries a row exceed, from the first rows of the batch."""
@@ -211,8 +207,14 @@ class Encoder:
         found = self._products.each(x, W, exceeding)
         if found is None:
             return None
-        row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        row, latent, value = _joined(found)
         return row, latent, value.add_(b.index_select(0, latent))
+
+
+def _joined(found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """What several ranges of rows gave, as one."""
+    row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return row, latent, value
 
 
 def _screened(x: Tensor) -> bool:
