@@ -16,18 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from graphs.fronts import Front, Heads, mlp_at, norm_at
+from graphs.climb import climb, pays
+from graphs.fronts import STEP, Front, Heads, Space, in_batches, mlp_at, norm_at
 from graphs.layout import Layout
 from graphs.replace import Level, Replacement
 
 __all__ = ["Batch", "Sweep"]
-
-CACHE = 8 * 2**20
-"""Bytes of `G` in one batch: about what the caches of a core hold."""
-STEP, LARGEST, LARGEST_CAUSAL = 32, 1024, 96
-"""Targets in a batch: a multiple of `STEP`, because products of other widths take up to half as long again, and few
-where a stack is causal, because all of a batch walk through as many positions as its last."""
-
 
 Batch = tuple[Int[Tensor, " target"], Float[Tensor, "node target"]]
 """Target nodes, and their in-edges as columns."""
@@ -69,6 +63,14 @@ class _Inputs:
     read: Float[Tensor, "pos slot inner"] | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Climbed:
+    """What inputs do to the features of each block, and the lowest sources as the heads above them write them."""
+
+    effects: list[Float[Tensor, "input _feature"]]
+    read: Float[Tensor, "pos slot inner"]
+
+
 class Sweep:
     """Rows of the graph for any set of targets.
 
@@ -83,6 +85,8 @@ class Sweep:
         self.frozen = replacement.frozen
         self.layout = layout or Layout(replacement)
         self.batch = batch
+        self._space = Space()
+        self._climbed: dict[int, _Climbed] = {}
         self._memory = self.frozen.stacks[0].final.new_empty(0)
         self._blocks = {
             (number, at): _prepare(replacement, number, at)
@@ -96,7 +100,9 @@ class Sweep:
 
         Each batch is its target nodes, and signed weights `[node, target]`, which stand until the next is asked for.
         """
-        features = self.layout.level_of(targets[targets < self.layout.outputs].sort().values)
+        features = list(self.layout.level_of(targets[targets < self.layout.outputs].sort().values))
+        for number in {number for (number, _), _ in features}:
+            self._climb(number, sum(len(rows) for (stack, _), rows in features if stack == number))
         for (number, at), rows in features:
             yield from self._features(number, at, rows)
         picked = (targets[targets >= self.layout.outputs] - self.layout.outputs).sort().values.tolist()
@@ -113,17 +119,15 @@ class Sweep:
     def _features(self, number: int, at: int, rows: Int[Tensor, " target"]) -> Iterator[Batch]:
         """The features `rows` of a block, batch by batch, by position."""
         stack, level = self.frozen.stacks[number], self.replacement.levels[number, at]
-        pos, first_node = level.pos[rows], self.layout.features[number, at].start
-        first, (n_pos, d) = 0, stack.final.shape
-        while first < len(rows):
-            reach = int(pos[min(first + STEP, len(pos)) - 1]) + 1 if stack.causal else n_pos
-            fits = CACHE // (reach * d * stack.final.element_size()) // STEP * STEP
-            n = self.batch or max(STEP, min(LARGEST_CAUSAL if stack.causal else LARGEST, fits))
-            mine = rows[first : first + n]
-            yield first_node + mine, self._feature_rows(number, at, mine)
-            first += n
+        n_pos, d = stack.final.shape
+        sizes = (d, n_pos, stack.causal, stack.final.element_size(), self.batch)
+        for batch, reach in in_batches(level.pos[rows], *sizes):
+            mine = rows[batch]
+            yield self.layout.features[number, at].start + mine, self._feature_rows(number, at, mine, reach)
 
-    def _feature_rows(self, number: int, at: int, rows: Int[Tensor, " target"]) -> Float[Tensor, "node target"]:
+    def _feature_rows(
+        self, number: int, at: int, rows: Int[Tensor, " target"], reach: int
+    ) -> Float[Tensor, "node target"]:
         stack, level = self.frozen.stacks[number], self.replacement.levels[number, at]
         pos, directions = level.pos[rows], level.reads[rows]
         edges = self._blank(len(rows))
@@ -131,8 +135,13 @@ class Sweep:
             mlp = stack.blocks[at].mlp
             edges[self.layout.bias[number, at]] += (directions * mlp.bias[pos]).sum(-1)
             directions = directions + mlp_at(mlp, pos).adjoint(directions[:, None])[:, 0]
-        front = Front.start(pos, directions, int(pos[-1]) + 1 if stack.causal else len(stack.final))
-        self._walk(number, at, "mid", front, edges)
+        front = Front.start(pos, directions, reach, self._space)
+        climbed = self._climbed.get(number)
+        if climbed is None:
+            self._walk(number, at, "mid", front, edges)
+        else:
+            self._walk_short(number, at, front, climbed.read, edges)
+            self._add_inputs(number, climbed.effects[at].index_select(1, rows), edges)
         return edges
 
     def _blank(self, n: int) -> Float[Tensor, "node target"]:
@@ -152,9 +161,9 @@ class Sweep:
             at_pos = read.nonzero()[:, 1]
             order = at_pos.argsort(stable=True)
             picked, seeds = [picked[i] for i in order.tolist()], seeds[order]
-            front = Front.start(at_pos[order], seeds[torch.arange(len(order)), at_pos[order]], n_pos)
+            front = Front.start(at_pos[order], seeds[torch.arange(len(order)), at_pos[order]], n_pos, self._space)
         else:
-            front = Front(seeds.permute(1, 2, 0))
+            front = Front(seeds.permute(1, 2, 0), self._space)
         edges = seeds.new_zeros(len(self.layout.nodes), len(picked))
         self._walk(number, at, readouts[0].point, front, edges)
         return torch.tensor(picked, dtype=torch.long) + self.layout.outputs, edges
@@ -180,14 +189,14 @@ class Sweep:
         n_pos, n, d = g.shape
         whole = torch.cat([g, g.new_zeros(len(stack.final) - n_pos, n, d)])
         below = stack.bridge_from
-        crossed = Front(stack.bridge.adjoint(whole).transpose(1, 2))
+        crossed = Front(stack.bridge.adjoint(whole).transpose(1, 2), self._space)
         self._walk(below, len(self.frozen.stacks[below].blocks) - 1, "post", crossed, edges)
 
     def _mlp(self, number: int, at: int, front: Front, edges: Float[Tensor, "node target"]) -> bool:
         """Read what stands after block `at`, and walk through its MLP's place; whether anything below has an effect."""
         sources, mlp = self._blocks[number, at].sources, self.frozen.stacks[number].blocks[at].mlp
         if sources is not None:
-            self._read(number, at, sources, front, edges)
+            self._read(number, at, sources, front.against(sources.vectors), edges)
         level = self.replacement.levels.get((number, at))
         if self.replacement.mode == "sae":
             if level is not None:  # its sources are the whole stream
@@ -200,10 +209,70 @@ class Sweep:
             front.add(norm.adjoint(front.stream.transpose(1, 2) @ level.skip.T))
         return True
 
-    def _read(self, number: int, at: int, sources: _Sources, front: Front, edges: Float[Tensor, "node target"]) -> None:
+    def _walk_short(
+        self,
+        number: int,
+        top: int,
+        front: Front,
+        read: Float[Tensor, "pos slot inner"],
+        edges: Float[Tensor, "node target"],
+    ) -> None:
+        """From a block down to the sources of the lowest one, where the effects of inputs are known.
+
+        The last layer is not written out, as one thing only is asked of what is below it.
+        """
+        edges[self.layout.bias[number, top]] += front.dot(self.frozen.stacks[number].blocks[top].attention.bias)
+        for at in range(top, 0, -1):
+            heads, below = self._blocks[number, at].heads, self._blocks[number, at - 1].sources
+            assert below is not None
+            front.settle(heads)
+            if at > 1:
+                front.pull(heads)
+                self._read(number, at - 1, below, front.against(below.vectors), edges)
+            else:
+                self._read(number, 0, below, front.below(heads, below.vectors, read), edges)
+
+    def _climb(self, number: int, targets: int) -> None:
+        """Find what the inputs of a stack do to its features, where that is cheaper than to ask so many targets.
+
+        Only where a stack stands on nothing, and nothing but attention leads past an MLP.
+        """
+        stack, inputs = self.frozen.stacks[number], self.layout.input_vectors(self.frozen.stacks[number])
+        pos = torch.cat([pos for _, pos, _ in inputs])
+        if number in self._climbed or stack.bridge is not None or not pays(len(pos), len(stack.blocks), targets):
+            return
+        blocks = [self._blocks[number, at] for at in range(len(stack.blocks))]
+        if all(block.in_sources for block in blocks):
+            levels = [self.replacement.levels[number, at] for at in range(len(blocks))]
+            vectors, heads = torch.cat([vectors for _, _, vectors in inputs]), [block.heads for block in blocks]
+            effects = climb(pos, vectors, heads, levels, len(stack.final), stack.causal, self._space)
+            lowest, above = blocks[0].sources, heads[min(1, len(heads) - 1)]
+            assert lowest is not None
+            self._climbed[number] = _Climbed(effects, lowest.vectors @ above.write.T)
+
+    def _add_inputs(
+        self, number: int, effects: Float[Tensor, "input target"], edges: Float[Tensor, "node target"]
+    ) -> None:
+        """Edges from inputs, where their effects are known."""
+        start = 0
+        for kind, first, pos in self._inputs[number].nodes:
+            mine = effects[start : start + len(pos)]
+            if kind == "bias":
+                edges[first] = mine.sum(0)
+            else:
+                edges[first : first + len(pos)] = mine
+            start += len(pos)
+
+    def _read(
+        self,
+        number: int,
+        at: int,
+        sources: _Sources,
+        found: Float[Tensor, "pos slot target"],
+        edges: Float[Tensor, "node target"],
+    ) -> None:
         """Edges from the errors, biases and features of a block."""
         key = (number, at)
-        found = front.against(sources.vectors)
         n_pos, _, n = found.shape
         first = self.layout.errors[key]
         edges[first : first + n_pos] = found[:, 0]

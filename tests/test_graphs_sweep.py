@@ -152,9 +152,11 @@ def rows_by_sweep(replacement: Replacement, layout: Layout, batch: int | None = 
     return found[targets]
 
 
+@pytest.mark.parametrize("climbs", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "skip", "sae"])
 @pytest.mark.parametrize("name", PASSES)
-def test_sweep_equals_autograd(name, kind):
+def test_sweep_equals_autograd(name, kind, climbs, monkeypatch):
+    monkeypatch.setattr("graphs.sweep.pays", lambda *_: climbs)
     if (name, kind) == ("post norms", "plain"):
         kind = "jump"
     frozen = PASSES[name](DOUBLE)
@@ -180,7 +182,7 @@ def test_paths_and_the_dense_step_agree_and_both_are_used(monkeypatch):
     layout = Layout(replacement)
     used = []
     dense = Heads.pull
-    monkeypatch.setattr(Heads, "pull", lambda self, g: (used.append(g.shape[2]), dense(self, g)))
+    monkeypatch.setattr(Heads, "pull", lambda self, g, space: (used.append(g.shape[2]), dense(self, g, space)))
     by_both = rows_by_sweep(replacement, layout)
     share = sum(used)
     monkeypatch.setattr("graphs.fronts.ADVANTAGE", 0.0)
@@ -188,6 +190,27 @@ def test_paths_and_the_dense_step_agree_and_both_are_used(monkeypatch):
     by_dense = rows_by_sweep(replacement, layout)
     assert 0 < share < 0.7 * sum(used)
     torch.testing.assert_close(by_both, by_dense, rtol=1e-9, atol=1e-11)
+
+
+def test_inputs_are_walked_up_where_that_pays(monkeypatch):
+    walked = []
+    enter = Sweep._enter
+    monkeypatch.setattr(
+        Sweep, "_enter", lambda self, number, *rest: (walked.append(number), enter(self, number, *rest))
+    )
+
+    def bottoms(frozen, kind="plain", targets=10**9):
+        replacement = Replacement(frozen, dictionaries(frozen, kind))
+        layout, walked[:] = Layout(replacement), []
+        features = layout.nodes.is_type(NodeType.FEATURE).nonzero()[:targets, 0]
+        for _ in Sweep(replacement, layout, batch=8).rows(features):
+            pass
+        return set(walked)
+
+    assert bottoms(PASSES["causal"](DOUBLE)) == set()
+    assert bottoms(PASSES["causal"](DOUBLE), targets=8) == {0}, "so few are asked one by one"
+    assert bottoms(PASSES["causal"](DOUBLE), "skip") == {0}, "a linear path leads past the attention"
+    assert bottoms(PASSES["two towers"](DOUBLE)) == {0, 1}, "only what stands on nothing is climbed"
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
