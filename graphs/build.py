@@ -76,6 +76,7 @@ def build_graph(
         else:
             picked = open_.nonzero()[:, 0]
         _expand(sweep, rows, picked)
+    del sweep  # and its memory: what follows needs as much for the edges
     influence = rows.influence(weights)
     matrix, targets, rest = rows.assemble(row_mass)
     outputs = Outputs(

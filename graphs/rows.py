@@ -70,10 +70,10 @@ class Rows:
         causal = torch.tensor(self.layout.causal)[stacks]
         layers, positions = table.layer[nodes].long(), torch.where(causal, table.pos[nodes].long(), -1)
         _, counts = ((stacks << 48) + (layers << 32) + positions).unique_consecutive(return_counts=True)
-        start = 0
-        for count in counts.tolist():
-            yield start, count, self.layout.columns(int(stacks[start]), int(layers[start]), int(positions[start]))
-            start += count
+        starts = counts.cumsum(0) - counts
+        keys = torch.stack([stacks, layers, positions], 1)[starts].tolist()
+        for start, count, (number, layer, pos) in zip(starts.tolist(), counts.tolist(), keys, strict=True):
+            yield start, count, self.layout.columns(number, layer, pos)
 
     def _turned(self, edges: Float[Tensor, "node target"]) -> Float[Tensor, "target node"]:
         """A batch row by row, in memory that all batches share."""
@@ -158,8 +158,8 @@ class Rows:
                     values[span], columns[span] = block.values[i][mask[i]], sources[mask[i]]
                     rest[row].index_add_(0, types[~mask[i]], block.values[i][~mask[i]])
         self._blocks = []
-        present = values != 0
-        if not present.all():
+        if not values.numpy().all():  # a fifth of the time that a mask takes
+            present = values != 0
             rows = torch.arange(len(targets)).repeat_interleave(counts)[present]
             counts = torch.bincount(rows, minlength=len(targets))
             crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
