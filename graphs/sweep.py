@@ -100,7 +100,7 @@ class Sweep:
 
         Each batch is its target nodes, and signed weights `[node, target]`, which stand until the next is asked for.
         """
-        features = list(self.layout.level_of(targets[targets < self.layout.outputs].sort().values))
+        features = self.layout.level_of(targets[targets < self.layout.outputs].sort().values)
         for number in {number for (number, _), _ in features}:
             self._climb(number, sum(len(rows) for (stack, _), rows in features if stack == number))
         for (number, at), rows in features:
@@ -237,14 +237,15 @@ class Sweep:
 
         Only where a stack stands on nothing, and nothing but attention leads past an MLP.
         """
-        stack, inputs = self.frozen.stacks[number], self.layout.input_vectors(self.frozen.stacks[number])
-        pos = torch.cat([pos for _, pos, _ in inputs])
-        if number in self._climbed or stack.bridge is not None or not pays(len(pos), len(stack.blocks), targets):
-            return
+        stack = self.frozen.stacks[number]
         blocks = [self._blocks[number, at] for at in range(len(stack.blocks))]
-        if all(block.in_sources for block in blocks):
+        if number in self._climbed or stack.bridge is not None or not all(block.in_sources for block in blocks):
+            return
+        _, places, rows = zip(*self.layout.input_vectors(stack), strict=True)
+        pos, vectors = torch.cat(places), torch.cat(rows)
+        if pays(len(pos), len(blocks), targets):
             levels = [self.replacement.levels[number, at] for at in range(len(blocks))]
-            vectors, heads = torch.cat([vectors for _, _, vectors in inputs]), [block.heads for block in blocks]
+            heads = [block.heads for block in blocks]
             effects = climb(pos, vectors, heads, levels, len(stack.final), stack.causal, self._space)
             lowest, above = blocks[0].sources, heads[min(1, len(heads) - 1)]
             assert lowest is not None
