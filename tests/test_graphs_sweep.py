@@ -190,6 +190,8 @@ def test_paths_and_the_dense_step_agree_and_both_are_used(monkeypatch):
     by_dense = rows_by_sweep(replacement, layout)
     assert 0 < share < 0.7 * sum(used)
     torch.testing.assert_close(by_both, by_dense, rtol=1e-9, atol=1e-11)
+    monkeypatch.undo()  # and where batches follow each other in the same memory
+    torch.testing.assert_close(rows_by_sweep(replacement, layout, batch=32), by_dense, rtol=1e-9, atol=1e-11)
 
 
 def test_inputs_are_walked_up_where_that_pays(monkeypatch):

@@ -8,7 +8,7 @@
 3. A corner patch that follows the output at test time (phantom-clip): do Grad-CAM, rollout and flow turn around as LIME
    and SHAP do?
 
-About two hours on one core, 30 minutes of them for phantom-llava and 17 for phantom-clip, which have controls.
+About 100 minutes on one core when only phantom-clip had controls; with theirs phantom-llava takes 30, phantom-clip 17.
 """
 
 from __future__ import annotations
