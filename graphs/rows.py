@@ -22,12 +22,11 @@ Columns = slice | Int[np.ndarray, " source"]
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Targets with the same possible sources. `total` is the sum of each row's absolute weights."""
+    """Targets with the same possible sources."""
 
     nodes: Int[Tensor, " target"]
     columns: Columns
     values: Float[Tensor, "target source"]
-    total: Float[Tensor, " target"]
 
 
 class Rows:
@@ -92,7 +91,7 @@ class Rows:
         return values
 
     def _append(self, nodes: Int[Tensor, " target"], columns: Columns, values: Float[Tensor, "target source"]) -> None:
-        self._blocks.append(_Block(nodes, columns, values, torch.linalg.vector_norm(values, 1, dim=1)))
+        self._blocks.append(_Block(nodes, columns, values))
 
     def _has_features(self) -> bool:
         return any(int(block.nodes[0]) < self.layout.outputs for block in self._blocks)
@@ -112,8 +111,9 @@ class Rows:
         """
         value = weights.clone()
         for block in sorted(self._blocks, key=lambda b: int(b.nodes[0]), reverse=True):
-            flow = value[block.nodes] / block.total.clamp_min(torch.finfo(block.total.dtype).tiny)
-            value[block.columns] += flow @ block.values.abs()
+            size = block.values.abs()  # stays in the cache for both of its uses
+            flow = value[block.nodes] / size.sum(1).clamp_min(torch.finfo(size.dtype).tiny)
+            value[block.columns] += flow @ size
         return value - weights
 
     def assemble(self, row_mass: float | None = None) -> tuple[Tensor, Int[Tensor, " row"], Float[Tensor, "row type"]]:
@@ -128,7 +128,7 @@ class Rows:
         place[targets] = torch.arange(len(targets))
         rest = self.layout.nodes.activation.new_zeros(len(targets), N_TYPES)
         every = np.arange(n, dtype=np.int32)
-        kept = [None if row_mass is None else _largest(b.values, b.total, row_mass) for b in blocks]
+        kept = [None if row_mass is None else _largest(b.values, row_mass) for b in blocks]
 
         counts = torch.zeros(len(targets), dtype=torch.long)
         for block, mask in zip(blocks, kept, strict=True):
@@ -171,10 +171,8 @@ class Rows:
         return csr(crow, columns, values, (len(targets), n)), targets, rest
 
 
-def _largest(
-    values: Float[Tensor, "target source"], total: Float[Tensor, " target"], mass: float
-) -> Bool[Tensor, "target source"]:
+def _largest(values: Float[Tensor, "target source"], mass: float) -> Bool[Tensor, "target source"]:
     """Mask of the largest entries of each row that together have `mass` of its absolute weight."""
     size, order = values.abs().sort(dim=1, descending=True)
     before = size.cumsum(1) - size
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, before < mass * total[:, None])
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, before < mass * size.sum(1, keepdim=True))
