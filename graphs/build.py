@@ -84,6 +84,8 @@ def build_graph(
         for k, (r, share) in enumerate(zip(frozen.readouts, weights[layout.outputs :].tolist(), strict=True))
     )
     meta = _meta(replacement) | {"max_features": max_features, "rounds": steps, "row_mass": row_mass}
+    meta |= {"rows": len(targets), "active_features": int(features.sum())}
+    meta["expanded_features"] = len(targets) - len(outputs)
     graph = AttributionGraph(layout.nodes.with_influence(influence), matrix, targets, rest, outputs, meta)
     certificate = certify(graph, limit)
     meta |= {"certificate": certificate.to_dict(), "max_relative_residual": certificate.max_relative_residual}

@@ -27,6 +27,7 @@ __all__ = [
     "MANIFEST",
     "atomic_path",
     "canonical_json",
+    "discard_earlier",
     "load_tensors",
     "read_json",
     "read_tensor_metadata",
@@ -193,6 +194,30 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> str:
     manifest["manifest_sha256"] = _digest_of(manifest)
     write_json(folder / MANIFEST, manifest)
     return sha256_file(folder / MANIFEST)
+
+
+def discard_earlier(folder: Path, kind: str) -> None:
+    """Remove an earlier artefact of this kind from a folder: its manifest, then the files that this lists.
+
+    A new artefact in the same folder would seal them as its own. Files that no manifest lists stay. Raises StorageError
+    where the manifest is of another kind of artefact, or cannot be read: nothing of it is touched.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return
+    manifest, hint = read_json(path), "choose another --out"
+    held = manifest.get("kind") if isinstance(manifest, dict) else None
+    if held != kind or not isinstance(manifest.get("files"), dict):
+        raise StorageError(f"holds an artefact of kind {held!r}, not {kind!r}", where=str(folder), hint=hint)
+    names = [
+        name for name in map(PurePosixPath, manifest["files"]) if not name.is_absolute() and ".." not in name.parts
+    ]
+    try:
+        path.unlink()
+        for name in names:
+            (path.parent / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot be replaced: {error.strerror or error}", where=str(folder)) from error
 
 
 def verify_folder(folder: Path) -> list[str]:

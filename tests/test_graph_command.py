@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from graphs.draw.scene import feature_names, written_sites
 from graphs.nodes import NodeType
 from graphs.supernodes import Supernodes
 from mechinterp.audit import graph_command, graph_pictures, graphing
-from mechinterp.audit.dictionary import dictionary_of, tokens_of, transcoders_of
+from mechinterp.audit.dictionary import dictionary_of, stream_saes_of, tokens_of, transcoders_of
 from mechinterp.audit.evidence import collect
 from mechinterp.audit.feature_names import stored_names
 from mechinterp.audit.graph_command import Wishes, members_of
@@ -22,7 +23,7 @@ from mechinterp.data.phantom import Phantom
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled
-from mechinterp.storage import verify_folder
+from mechinterp.storage import verify_folder, write_manifest
 from mechinterp.types import FeatureId
 
 FILES = {"graph.png", "graph.html", "graph.json", "graph.safetensors", "circuit_tracer.json", "manifest.json"}
@@ -101,6 +102,35 @@ def test_a_mistake_is_one_line(picture, tmp_path, capsys, changed, words):
     assert main(["graph", "phantom-clip", *parts, "--out", str(out)]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and words in error and not out.exists()
+
+
+def test_a_second_run_leaves_nothing_of_the_first(picture, tmp_path, capsys):
+    """Files of an earlier graph would be sealed as this one's; other files, and artefacts of other kinds, are kept."""
+    out = tmp_path / "graph"
+    said = ["graph", "phantom-clip", "--image", str(picture), "--target", "consolidation", "--max-features", "40"]
+    assert main([*said, "--paths", "1", "--attention", "1", "--out", str(out)]) == 0
+    (out / "notes.txt").write_text("mine")
+    assert (out / "attention.json").exists() and (out / "paths.json").exists()
+    assert main([*said, "--paths", "0", "--out", str(out)]) == 0
+    assert not (out / "attention.json").exists() and not (out / "paths.json").exists()
+    assert (out / "notes.txt").read_text() == "mine" and (out / "graph.png").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "kept.txt").write_text("kept")
+    write_manifest(other, {"kind": "dictionary"})
+    capsys.readouterr()
+    assert main([*said, "--out", str(other)]) == 2
+    assert "'dictionary'" in capsys.readouterr().err and verify_folder(other) == []
+
+
+def test_an_sae_does_not_get_the_names_of_a_transcoder(model, picture):
+    """Names belong to a dictionary: the latents of an SAE in the same block have the same numbers and other meanings."""
+    named = {"vision.blocks.0.hook_mlp_out:3": "wrong", "vision.blocks.0.hook_resid_post:3": "right"}
+    pixels, target = np.asarray(Image.open(picture), dtype=np.float32) / 255, target_of(model, "consolidation")
+    for mode, placed, said in (("sae", stream_saes_of(model), "right"), ("transcoder", transcoders_of(model), "wrong")):
+        graph = graph_of(model, pixels, target, placed, "chest.png", 40, 0.8, 0.98, mode).whole
+        assert feature_names(named, graph) == {("vision", 0, 3): said}
+        assert all(key.startswith(("vision.blocks.", "text.blocks.")) for key in written_sites(graph).values())
 
 
 def test_what_a_target_means(model):

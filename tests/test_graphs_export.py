@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import networkx
 import pytest
@@ -20,7 +21,7 @@ from graphs.scores import scores
 from graphs.supernodes import Supernodes
 from graphs.views import to_networkx, write_graphml
 from mechinterp.storage import verify_folder
-from tests.graph_scenes import lot, radiograph
+from tests.graph_scenes import WORDS, lot, radiograph
 
 HOSTILE = '"><script>alert(1)</script>\u202e\x00&amp;'
 
@@ -30,6 +31,21 @@ def hostile_names(graph):
     rows = nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
     sites = [f"{nodes.towers[int(nodes.tower[i])]}.blocks.{int(nodes.layer[i])}.hook_mlp_out" for i in rows]
     return {f"{site}:{int(nodes.feature[i])}": HOSTILE for site, i in zip(sites, rows, strict=True)}
+
+
+def test_words_of_the_prompt_are_what_entered():
+    """An output that is read at a position is no word, and a position that lost its nodes keeps its word."""
+    graph = lot(0)
+    nodes, outputs = graph.nodes, [output.node for output in graph.outputs]
+    pos = nodes.pos.clone()
+    pos[outputs] = 1
+    graph = replace(graph, nodes=replace(nodes, pos=pos))
+    words = to_circuit_tracer(graph)["metadata"]["prompt_tokens"]
+    assert words[0] == "CLS" and words[1] == "patch 0,0" and list(WORDS) == words[17 : 17 + len(WORDS)]
+    pruned = prune(graph, 0.3)
+    assert len(pruned.nodes) < len(graph.nodes) / 2
+    kept = to_circuit_tracer(pruned, whole=graph)["metadata"]["prompt_tokens"]
+    assert kept[: 17 + len(WORDS)] == words[: 17 + len(WORDS)]
 
 
 @pytest.mark.parametrize("case", [{"seed": 0}, {"seed": 1, "chained": True}, {"seed": 2, "outputs": 3}])

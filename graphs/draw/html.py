@@ -102,7 +102,7 @@ def escaped_json(value: Any) -> str:
 
 
 def _nodes(graph: AttributionGraph, names: Names | None) -> list[dict[str, Any]]:
-    table, named = graph.nodes, feature_names(names)
+    table, named = graph.nodes, feature_names(names, graph)
     reach = table.influence.double()
     reach = reach if bool(reach.any()) else influence(graph)
     effect = known_effect(graph).tolist()

@@ -285,7 +285,7 @@ def _draw_rows(axes: Any, scene: Scene, layout: Layout) -> None:
 def _draw_legend(axes: Any, layout: Layout) -> None:
     """How to read the page, at its upper right."""
     left, y = layout.width - 24 - 410, layout.height - 26
-    for at, text, colour in ((left, "raises the output", UP), (left + 180, "lowers it", DOWN)):
+    for at, text, colour in ((left, "raises the next node", UP), (left + 180, "lowers it", DOWN)):
         axes.plot([at, at + 30], [y, y], color=colour, linewidth=3, solid_capstyle="butt", zorder=4)
         axes.text(at + 38, y, text, fontsize=DETAIL + 0.4, color=SOFT, va="center")
     for k, text in enumerate(
@@ -326,7 +326,9 @@ def caption(graph: AttributionGraph, scene: Scene) -> list[str]:
     found = certificate(graph)
     residual = found["max_relative_residual"]
     residual = found["residual_here"] if residual is None else residual
-    lines = [f"Every row adds up: largest relative residual {residual:.1e} over {found['rows']} rows."]
+    active, expanded = found["active_features"], found["expanded_features"]
+    some = f" ({expanded:,} of {active:,} active features have one)" if active and expanded < active else ""
+    lines = [f"Every row adds up: largest relative residual {residual:.1e} over {found['rows']:,} rows{some}."]
     scores = found["whole"]
     if scores:
         lines[0] += (

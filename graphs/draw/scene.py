@@ -19,7 +19,7 @@ from graphs.nodes import NodeType
 from graphs.supernodes import Supernodes
 from mechinterp.errors import UsageError
 from mechinterp.pages.html import clean
-from mechinterp.types import FeatureId
+from mechinterp.types import FeatureId, Site
 
 if TYPE_CHECKING:
     from graphs.graph import AttributionGraph
@@ -38,6 +38,7 @@ __all__ = [
     "output_name",
     "patch_of",
     "quoted",
+    "written_sites",
 ]
 
 QUIET = (NodeType.ERROR, NodeType.BIAS, NodeType.POSITION, NodeType.CLS)
@@ -122,7 +123,7 @@ def make_scene(
         most_patches: patches with lines, at most.
     """
     nodes = graph.nodes
-    named = feature_names(names)
+    named = feature_names(names, graph)
     owner, keys = _owners(graph, supernodes or Supernodes())
     reach = nodes.influence.double()
     if not bool(reach.any()):
@@ -159,13 +160,29 @@ def make_scene(
     )
 
 
-def feature_names(names: Names | None) -> dict[tuple[str, int, int], str]:
-    """Names by (tower, layer, latent). Raises UsageError for a key that is no feature of a block."""
+def written_sites(graph: AttributionGraph) -> dict[tuple[str, int], str]:
+    """Where the features of each (tower, layer) write, as far as the graph says: "vision.blocks.2.hook_mlp_out"."""
     found = {}
+    for about in graph.meta.get("dictionaries") or ():
+        site = Site.parse(about["writes"])
+        if site.layer is not None:
+            found[site.tower, site.layer] = str(site)
+    return found
+
+
+def feature_names(names: Names | None, graph: AttributionGraph | None = None) -> dict[tuple[str, int, int], str]:
+    """Names by (tower, layer, latent). Raises UsageError for a key that is no feature of a block.
+
+    With a graph, without the names that belong to another dictionary than the graph's: latent 84 of a transcoder is not
+    latent 84 of an SAE in the same block.
+    """
+    found, sites = {}, {} if graph is None else written_sites(graph)
     for key, name in (names or {}).items():
         feature = key if isinstance(key, FeatureId) else FeatureId.parse(key)
         if feature.site.layer is None:
             raise UsageError("is not in a block", where=str(key))
+        if sites.get((feature.site.tower, feature.site.layer), str(feature.site)) != str(feature.site):
+            continue
         found[feature.site.tower, feature.site.layer, feature.index] = str(name)
     return found
 
@@ -198,13 +215,18 @@ def output_name(graph: AttributionGraph, label: str) -> str:
 
 
 def certificate(graph: AttributionGraph) -> dict[str, Any]:
-    """What is printed on every picture: how exactly rows add up, the scores, and what was pruned."""
+    """What is printed on every picture: how exactly rows add up, the scores, and what was pruned.
+
+    The largest residual is that of the whole graph and `rows` are those of the whole graph, where they are known.
+    """
     pre = graph.nodes.pre[graph.targets].double()
     largest = float((graph.residuals().abs() / pre.abs().clamp_min(1e-6 * float(pre.abs().max()) + 1e-30)).max())
     return {
         "max_relative_residual": graph.meta.get("max_relative_residual"),
         "residual_here": largest,
-        "rows": len(graph.targets),
+        "rows": graph.meta.get("rows", len(graph.targets)),
+        "active_features": graph.meta.get("active_features"),
+        "expanded_features": graph.meta.get("expanded_features"),
         "whole": graph.meta.get("scores"),
         "pruning": graph.meta.get("pruning"),
     }

@@ -49,6 +49,7 @@ def to_circuit_tracer(
     scan: str = "mechinterp",
     names: Names | None = None,
     supernodes: Supernodes | None = None,
+    whole: AttributionGraph | None = None,
 ) -> dict[str, Any]:
     """The graph, best a pruned one, as circuit-tracer's JSON.
 
@@ -58,9 +59,10 @@ def to_circuit_tracer(
         scan: name of the set of dictionaries.
         names: of features, by `vision.blocks.2.hook_mlp_out:301`.
         supernodes: groups, which the viewer opens with.
+        whole: the graph before it was pruned, for the names of positions that have no node left.
     """
-    axes = _Axes(graph)
-    named = feature_names(names)
+    axes = _Axes(graph, whole)
+    named = feature_names(names, graph)
     reach = _cumulative(graph)
     nodes = [_node(graph, graph.nodes[i], axes, named, reach[i]) for i in range(len(graph.nodes))]
     target, source, weight = (column.tolist() for column in graph.edges)
@@ -109,8 +111,9 @@ class _Axes:
         dictionaries: name of the dictionary of each layer.
     """
 
-    def __init__(self, graph: AttributionGraph):
+    def __init__(self, graph: AttributionGraph, whole: AttributionGraph | None = None):
         nodes = graph.nodes
+        places = _places(whole or graph) | _places(graph)
         self.tokens: list[str] = []
         self.layers: dict[str, int] = {}
         self._first: dict[str, int] = {}
@@ -119,11 +122,11 @@ class _Axes:
         bases: dict[str, int] = {}
         for t, tower in enumerate(nodes.towers):
             mine = (nodes.tower == t).nonzero()[:, 0].tolist()
-            words = {int(nodes.pos[i]): nodes.labels[i] for i in mine if int(nodes.pos[i]) >= 0}
+            words = {pos: word for (name, pos), word in places.items() if name == tower}
+            known = [*words, *(int(nodes.pos[i]) for i in mine)]  # an output may stand where nothing else does
             self._first[tower] = len(self.tokens)
-            self._length[tower] = max(words, default=-1) + 1
-            here = [_place(words.get(p, "")) for p in range(self._length[tower])]
-            self.tokens += [_text(word) for word in here]
+            self._length[tower] = max(known, default=-1) + 1
+            self.tokens += [_text(words.get(p, f"position {p}")) for p in range(self._length[tower])]
             base = tower.partition(".")[0]
             blocks = [int(nodes.layer[i]) for i in mine if int(nodes.type[i]) != NodeType.OUTPUT]
             bases[base] = max(bases.get(base, 0), max(blocks, default=-1) + 1)
@@ -236,6 +239,17 @@ def _dictionaries(graph: AttributionGraph, starts: dict[str, int], n: int) -> li
 
 def _prompt(graph: AttributionGraph) -> str:
     return _text("; ".join(output.name for output in graph.outputs))
+
+
+def _places(graph: AttributionGraph) -> dict[tuple[str, int], str]:
+    """What stands at each position of each tower; an output's label says what it is, not where."""
+    nodes = graph.nodes
+    rows = zip(nodes.tower.tolist(), nodes.pos.tolist(), nodes.type.tolist(), nodes.labels, strict=True)
+    return {
+        (nodes.towers[tower], pos): _place(label)
+        for tower, pos, kind, label in rows
+        if pos >= 0 and kind != NodeType.OUTPUT
+    }
 
 
 def _place(label: str) -> str:

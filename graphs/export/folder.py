@@ -59,7 +59,9 @@ def write_folder(
     draw(drawn, image, folder / "graph.png", names, supernodes, title=title)
     write_page(drawn, image, folder / "graph.html", names, supernodes, gallery, title)
     slug = "-".join(str(part) for part in (graph.meta.get("model", {}).get("label"), graph.outputs[0].name) if part)
-    write_circuit_tracer(drawn, folder / "circuit_tracer.json", slug=slug, names=names, supernodes=supernodes)
+    write_circuit_tracer(
+        drawn, folder / "circuit_tracer.json", slug=slug, names=names, supernodes=supernodes, whole=graph
+    )
     write_graphml(drawn, folder / "graph.graphml")
     if supernodes:
         supernodes.save(folder / "supernodes.json")

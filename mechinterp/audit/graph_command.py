@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from mechinterp.audit.graph_pictures import gallery_of
 from mechinterp.audit.graphing import BUDGET, EFFECTS, ImageGraph, graph_of, output_of, target_of
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
-from mechinterp.storage import write_json
+from mechinterp.storage import discard_earlier, write_json
 from mechinterp.types import Placed
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data
             phantom.
 
     Beside what `graphs.export.folder` writes: paths.json; attention.json, causal.json and suppress.png where asked for.
+    An earlier graph in `out` goes first.
     Raises UsageError for wishes that make no sense together, before anything is written.
     """
     from graphs.export.folder import write_folder
@@ -81,6 +82,7 @@ def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data
     groups = _named(made.pruned, suggest(made.pruned, placed), names)
     lines = _said(made)
     chosen = None if wishes.suppress is None else members_of(made.whole, wishes.suppress, groups, names)
+    discard_earlier(out, "graph")
     if wishes.paths:
         lines += _paths(made, wishes.paths, names, out)
     if wishes.attention:
@@ -107,23 +109,29 @@ def _dictionaries(model: HookedVLM, wishes: Wishes, data: ImageData | None) -> l
     return train_transcoders(model, data or default_data(seed=wishes.seed), wishes.seed)
 
 
-def _key(graph: AttributionGraph, node: int) -> str:
-    """A feature's name in `stored_names`, in transcoder mode."""
-    nodes = graph.nodes
-    tower = nodes.towers[int(nodes.tower[node])].partition(".")[0]
-    return f"{tower}.blocks.{int(nodes.layer[node])}.hook_mlp_out:{int(nodes.feature[node])}"
+def _keys(graph: AttributionGraph) -> Callable[[int], str]:
+    """The key of a feature node in `stored_names`."""
+    from graphs.draw.scene import written_sites
+
+    nodes, sites = graph.nodes, written_sites(graph)
+
+    def key(node: int) -> str:
+        tower = nodes.towers[int(nodes.tower[node])].partition(".")[0]
+        return f"{sites[tower, int(nodes.layer[node])]}:{int(nodes.feature[node])}"
+
+    return key
 
 
 def _named(graph: AttributionGraph, groups: Supernodes, names: Mapping[str, str]) -> Supernodes:
     """The groups by their strongest member: its name where it has one, and how many features are with it."""
     from graphs.supernodes import Supernodes
 
-    made = Supernodes()
+    made, key = Supernodes(), _keys(graph)
     for group in groups:
         rows = [graph.nodes.index(member) for member in group.members]
-        features = dict.fromkeys(_key(graph, row) for row in rows)
+        features = dict.fromkeys(map(key, rows))
         first = max(rows, key=lambda row: float(graph.nodes.influence[row]))
-        name = f"{names.get(_key(graph, first), f'F{int(graph.nodes.feature[first])}')} +{len(features) - 1}"
+        name = f"{names.get(key(first), f'F{int(graph.nodes.feature[first])}')} +{len(features) - 1}"
         taken = {g.name for g in made}
         made = made.add(name if name not in taken else f"{name} ({len(made) + 1})", group.members)
     return made
@@ -137,12 +145,12 @@ def members_of(graph: AttributionGraph, text: str, groups: Supernodes, names: Ma
     """
     from graphs.nodes import NodeType
 
-    nodes = graph.nodes
+    nodes, key = graph.nodes, _keys(graph)
     features = nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
     for group in groups:
         if group.name == text:
             return [nodes.index(member) for member in group.members]
-    found = [i for i in features if names.get(_key(graph, i)) == text]
+    found = [i for i in features if names.get(key(i)) == text]
     if found:
         return found
     by_id: dict[str, list[int]] = {}
@@ -163,6 +171,9 @@ def members_of(graph: AttributionGraph, text: str, groups: Supernodes, names: Ma
 def _said(made: ImageGraph) -> list[str]:
     scores, most = made.pruned.meta["scores"], made.whole.meta["max_relative_residual"]
     values = ", ".join(f"{o.name} {o.value:+.3f}" for o in made.pruned.outputs)
+    names = [o.name for o in made.pruned.outputs]
+    if len(names) > 1 and all(" half" in name for name in names):
+        values += " (the image half is the whole score, and the text halves together are it again)"
     return [
         f"{made.model.label} on {made.batch.ids[0]}: {values}",
         f"  {len(made.whole.nodes)} nodes, {made.whole.n_edges} edges; pruned to {len(made.pruned.nodes)} and "
@@ -177,13 +188,13 @@ def _paths(made: ImageGraph, k: int, names: Mapping[str, str], out: Path) -> lis
     from graphs.nodes import NodeType
     from graphs.paths import paths_of_score
 
-    graph = made.pruned
+    graph, key = made.pruned, _keys(made.pruned)
 
     def said(node: int) -> str:
         label = graph.nodes.labels[node]
         if graph.nodes.type[node] != NodeType.FEATURE:
             return label
-        name, at = names.get(_key(graph, node)), label.rpartition(" at ")[2]
+        name, at = names.get(key(node)), label.rpartition(" at ")[2]
         where = f"{graph.nodes.towers[int(graph.nodes.tower[node])]} L{int(graph.nodes.layer[node])}, {at}"
         return f"{name or f'F{int(graph.nodes.feature[node])}'} ({where})"
 
