@@ -124,7 +124,7 @@ def test_a_second_run_leaves_nothing_of_the_first(picture, tmp_path, capsys):
 
 
 def test_an_sae_does_not_get_the_names_of_a_transcoder(model, picture):
-    """Names belong to a dictionary: the latents of an SAE in the same block have the same numbers and other meanings."""
+    """Names belong to a dictionary: latents of an SAE in the same block have the same numbers and other meanings."""
     named = {"vision.blocks.0.hook_mlp_out:3": "wrong", "vision.blocks.0.hook_resid_post:3": "right"}
     pixels, target = np.asarray(Image.open(picture), dtype=np.float32) / 255, target_of(model, "consolidation")
     for mode, placed, said in (("sae", stream_saes_of(model), "right"), ("transcoder", transcoders_of(model), "wrong")):
