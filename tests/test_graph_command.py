@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled
 from mechinterp.storage import verify_folder, write_manifest
 from mechinterp.types import FeatureId
+from tests.tiny_models import tiny
 
 FILES = {"graph.png", "graph.html", "graph.json", "graph.safetensors", "circuit_tracer.json", "manifest.json"}
 
@@ -164,15 +166,22 @@ def test_an_audit_gets_a_tested_graph(model, phantom, tmp_path, monkeypatch):
     target = data.targets["effusion"]
     placed, _ = dictionary_of(model, data, 0)
     evidence = collect(model, data, target, placed, tokens_of(placed))
-    record, png = graph_section(model, data, target, evidence, 0)
-    assert record is not None and png is not None and png.startswith(b"\x89PNG")
+    made = graph_section(model, data, target, evidence, 0)
+    assert not isinstance(made, str)
+    record, png = made
+    assert png.startswith(b"\x89PNG") and 0 < record["lines_drawn"] <= 180 and 0 < record["flow_drawn"] < 1
     assert {"nodes", "edges", "completeness", "completeness_counting_inputs", "replacement"} <= set(record)
     assert record["max_relative_residual"] < 1e-5 and -1 <= record["free_spearman"] <= 1
     assert record["completeness"] <= record["completeness_counting_inputs"]
     row = data.images.index(record["image"])
     assert data.split[row] == "test" and data.labels("effusion")[row] == 1
+    hidden = replace(data, may_show=np.zeros(len(data), dtype=bool))
+    assert graph_section(model, hidden, target, evidence, 0) == "no test image with effusion may be shown"
     monkeypatch.setattr(graphing, "transcoders_of", lambda model: [])
-    assert graph_section(model, data, target, evidence, 0) == (None, None)
+    why = graph_section(model, data, target, evidence, 0)
+    assert isinstance(why, str) and "no transcoder is stored" in why
+    silent = HookedVLM(*tiny("dinov2"))
+    assert "a dinov2 model scores nothing" in str(graph_section(silent, data, target, evidence, 0))
 
 
 @pytest.mark.parametrize("name", bundled())
@@ -220,8 +229,6 @@ def test_pictures_show_where_a_feature_fires(made):
 
 
 def test_a_feature_has_no_pictures_where_nothing_may_be_shown(made, tmp_path):
-    from dataclasses import replace
-
     from mechinterp.data import open_data
 
     Phantom.sample(4, seed=1).write(tmp_path / "data", masks=False)

@@ -19,6 +19,7 @@ from mechinterp.audit.drivers import Driver, find_drivers, judge, place_of
 from mechinterp.audit.figures import forest, performance_plot
 from mechinterp.audit.questions import power_of, questions
 from mechinterp.audit.settings import Settings
+from mechinterp.audit.untested import untested
 from mechinterp.data import ImageData
 from mechinterp.pages.heat import heat_picture, thumbnail
 
@@ -75,7 +76,7 @@ def graph(text: str) -> dict[str, Any]:
         **{"max_relative_residual": 9e-7, "free_spearman": None, "free_spearman_activation": 0.2, "ablated": 100},
         "free_spearman_gradient": 0.9,
     }
-    return {**row, "effects": 100, "anchor_spearman": 0.72, "images": [row]}
+    return {**row, "effects": 100, "anchor_spearman": 0.72, "images": [row], "lines_drawn": 77, "flow_drawn": 0.48}
 
 
 def explainer(text: str) -> dict[str, Any]:
@@ -236,6 +237,23 @@ def test_pictures_of_images_that_may_hold_names_are_withheld():
     examples = tuple(Example(row, np.ones((2, 2), np.float32)) for row in (0, 1))
     shots = report._gallery(Heat(examples, np.ones((2, 2)), place_of(np.ones((2, 2)), 0.0)), Data())
     assert shots[0]["jpeg"] and shots[1]["jpeg"] is None
+
+
+def test_the_page_says_that_the_picture_is_a_part_of_the_graph():
+    """The sums hold for the whole graph; of the picture, how many lines it has and what share they carry."""
+    said = " ".join(page_of("x").split())
+    assert "is the sum of its lines" not in said and "sum of its edges and a constant" in said
+    assert "the 77 lines drawn carry 48 % of the flow that pruning keeps" in said and "remainder" in said
+
+
+@pytest.mark.parametrize("why", ["no transcoder is stored", "no test image with effusion may be shown", None])
+def test_what_is_not_tested_gives_the_true_reason_for_a_missing_graph(why):
+    """The reason that the graph section gave is the one printed, and there is none where there is a graph."""
+    data = object.__new__(ImageData)
+    for name, value in {"attributes": (), "skipped": {}, "may_show": np.ones(1, bool)}.items():
+        object.__setattr__(data, name, value)
+    found = {entry["what"]: entry["why"] for entry in untested(record(), data, why)}
+    assert found.get("attribution graph") == why
 
 
 def test_heat_colours_only_where_the_feature_fires():

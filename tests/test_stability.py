@@ -84,5 +84,5 @@ def test_the_audit_gives_it_for_each_feature_and_says_when_there_is_none(tmp_pat
     told = {}
     for row in (known, unknown):
         record = {"shortcuts": [], "graph": {}, "features": [row], "performance": [None, {"auroc": 0.5}], "truth": {}}
-        told[row["seed_stability"]] = "seed stability" in str(untested(record, data))
+        told[row["seed_stability"]] = "seed stability" in str(untested(record, data, None))
     assert told == {0.5: False, None: True}

@@ -119,12 +119,12 @@ def target_of(model: HookedVLM, text: str, against: str | None = None) -> Target
 
 def graph_section(
     model: HookedVLM, data: ImageData, target: Target, evidence: Evidence, seed: int
-) -> tuple[dict[str, Any] | None, bytes | None]:
+) -> tuple[dict[str, Any], bytes] | str:
     """The record and the picture for an audit: graphs of the test images with the target that score highest.
 
     The record describes the first image's graph; `free_spearman` is the median over `IMAGES` images of the rank
-    correlation of influence with what ablating a feature does to the score, nothing held. (None, None) where no
-    transcoder is stored, or the model scores nothing.
+    correlation of influence with what ablating a feature does to the score, nothing held. Where there can be none, why:
+    the model scores nothing, no transcoder is stored, or no test image with the target may be shown.
     """
     from graphs.causal.lab import Lab
     from graphs.causal.ranking import node_effects
@@ -132,8 +132,12 @@ def graph_section(
 
     transcoders = transcoders_of(model)
     chosen = _rows(evidence, data)
-    if not transcoders or not chosen or isinstance(model.table.head, Features):
-        return None, None
+    if isinstance(model.table.head, Features):
+        return f"a {model.family} model scores nothing, so there is no score to explain"
+    if not transcoders:
+        return "no transcoder is stored for this model's MLPs"
+    if not chosen:
+        return f"no test image with {target.name} may be shown"
     made, shown = [], None
     for place, row in enumerate(chosen):
         graph = graph_of(model, data.pixels([row])[0], target, transcoders, name=data.images[row])
@@ -151,9 +155,10 @@ def graph_section(
         "anchor_spearman": 0.72,
         "images": made,
     }
-    figure = figure_of(shown.pruned, shown.image, stored_names(model), most=BOXES).figure
+    drawn = figure_of(shown.pruned, shown.image, stored_names(model), most=BOXES)
+    record |= {"lines_drawn": len(drawn.scene.lines), "flow_drawn": drawn.scene.line_share}
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None}, facecolor="white")
+    drawn.figure.savefig(picture, format="png", dpi=110, metadata={"Software": None}, facecolor="white")
     return record, picture.getvalue()
 
 

@@ -127,7 +127,8 @@ def audit(
         "performance": performance_rows(evidence, list(data.attributes), bootstrap, settings),
     }
     driver_rows, cards, heats = _features(cases, trial, data, evidence, selectivity, settings, seed)
-    graph, picture = graph_section(model, data, asked, evidence, seed)
+    traced = graph_section(model, data, asked, evidence, seed)
+    graph, picture = (None, None) if isinstance(traced, str) else traced
     compared = audit_section(model, data, asked, rows, settings.explainer_images, seed)
     record |= {"shortcuts": rows + driver_rows, "features": cards, "graph": graph}
     record["explainers"] = compared.rows if compared else []
@@ -135,7 +136,7 @@ def audit(
     record["power"] = power_of(rows, settings)
     record["truth"] = measure_truth(model, data, asked, evidence, rows, settings, seed)
     record["margin"] = margin_evidence(model, data, asked, evidence, bootstrap)
-    record["not_tested"] = untested(record, data)
+    record["not_tested"] = untested(record, data, traced if isinstance(traced, str) else None)
     record["questions"] = questions(record, settings)
     record["versions"] = _versions()
     record = _rounded(record) | {"seconds": round(time.perf_counter() - started, 2)}

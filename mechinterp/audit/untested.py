@@ -11,8 +11,8 @@ __all__ = ["untested"]
 _KINDS = {"acquisition": "acquisition (view, scanner, hospital, portable)", "demographic": "demographic (age, sex)"}
 
 
-def untested(record: dict[str, Any], data: ImageData) -> list[dict[str, str]]:
-    """The not_tested entries of audit.json."""
+def untested(record: dict[str, Any], data: ImageData, no_graph: str | None) -> list[dict[str, str]]:
+    """The not_tested entries of audit.json. `no_graph`: why there is no attribution graph, None where there is one."""
     entries = [
         {"what": row["candidate"], "why": row["reason"]}
         for row in record["shortcuts"]
@@ -32,8 +32,8 @@ def untested(record: dict[str, Any], data: ImageData) -> list[dict[str, str]]:
         entries.append({"what": f"pictures of {hidden} images", "why": "burned-in text is not excluded; withheld"})
     if not any(feature["seed_stability"] is not None for feature in record["features"]):
         entries.append({"what": "seed stability of features", "why": "no other seed of the dictionary was trained"})
-    if record["graph"] is None:
-        entries.append({"what": "attribution graph", "why": "no transcoder is stored for this model's MLPs"})
+    if no_graph is not None:
+        entries.append({"what": "attribution graph", "why": no_graph})
     if not record.get("explainers"):
         entries.append({"what": "quality of saliency maps (explainers)", "why": "left out by the settings"})
     entries += [
