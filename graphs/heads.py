@@ -13,13 +13,13 @@ loadings. `top_reads` ranks what heads bring, by key, for every target of a grap
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from graphs.descent import Place, between, down
 from graphs.frozen.attention import FrozenAttention
 from graphs.frozen.parts import FrozenBlock
 from graphs.graph import AttributionGraph
@@ -42,6 +42,8 @@ class EdgeHeads:
         no_head: the part that passes through no attention head.
         last, first: the rest by (tower, layer, head), largest in size first.
         one_hop: whether only one attention layer lies between; then `last` and `first` agree.
+
+    Two nodes that no path joins have 0, no heads, and no hop.
     """
 
     edge: float
@@ -92,30 +94,23 @@ class _Chain:
         skip = self._skip(stack, block)
         return g if skip is None else g + block.norm2.adjoint((g @ skip.T)[:, None])[:, 0]
 
-    def upstream(self, stack: int) -> list[int]:
-        """The stack and those that feed it, the lowest first."""
-        chain = [stack]
-        while (below := self.frozen.stacks[chain[0]].bridge_from) is not None:
-            chain.insert(0, below)
-        return chain
-
 
 def edge_heads(replacement: Replacement, graph: AttributionGraph, target: int, source: int) -> EdgeHeads:
     """The edge from node `source` to node `target` (rows of the node table), by heads.
 
-    Raises UsageError for a target without in-edges and for a bias node as source (it enters at many places).
+    All zero where no path leads from the source to the target. Raises UsageError for a target without in-edges and for
+    a bias node as source (it enters at many places).
     """
     chain = _Chain(replacement)
-    start = source_stream(replacement, graph.nodes[source])
-    end = target_seed(replacement, graph, target)
-    stacks = chain.upstream(end[0])
-    if start[0] not in stacks:
+    start, stream = source_stream(replacement, graph.nodes[source])
+    end, seed = target_seed(replacement, graph, target)
+    steps = between(replacement, start, end)
+    if steps is None:
         return EdgeHeads(0.0, 0.0, {}, {}, one_hop=False)
-    steps = list(_steps(chain, stacks, (start[0], start[1]), (end[0], end[1])))
     # downwards: with every head (full) and with none (straight); kept as they stand above each attention layer
-    full = straight = end[2]
+    full = straight = seed
     above: list[tuple[Tensor, Tensor]] = []
-    for kind, stack, part in reversed(steps):
+    for kind, stack, part, _ in steps:
         if kind == "attention":
             above.append((full, straight))
             full = full + part.attention.adjoint(full[:, None])[:, 0]
@@ -124,12 +119,12 @@ def edge_heads(replacement: Replacement, graph: AttributionGraph, target: int, s
         else:
             full, straight = (part.adjoint(g[:, None])[:, 0] for g in (full, straight))
     above.reverse()
-    edge, no_head = float((full * start[2]).sum()), float((straight * start[2]).sum())
-    moved = alone = start[2]
+    edge, no_head = float((full * stream).sum()), float((straight * stream).sum())
+    moved = alone = stream
     last: dict[Head, float] = {}
     first: dict[Head, float] = {}
     crossed = 0
-    for kind, stack, part in steps:
+    for kind, stack, part, _ in reversed(steps):
         if kind == "attention":
             full, straight = above[crossed]
             crossed += 1
@@ -144,20 +139,6 @@ def edge_heads(replacement: Replacement, graph: AttributionGraph, target: int, s
     return EdgeHeads(edge, no_head, _sorted(last), _sorted(first), one_hop=crossed == 1)
 
 
-def _steps(chain: _Chain, stacks: list[int], start: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple]:
-    """What lies between the stream entering `start` (stack, block) and the middle of block `end`, upwards."""
-    for stack in stacks[stacks.index(start[0]) :]:
-        parts = chain.frozen.stacks[stack]
-        if stack != start[0]:
-            yield "bridge", stack, parts.bridge
-        for block in parts.blocks[start[1] if stack == start[0] else 0 :]:
-            if stack == end[0] and block.layer > end[1]:
-                break
-            yield "attention", stack, block
-            if stack != end[0] or block.layer < end[1]:
-                yield "mlp", stack, block
-
-
 def _by_head(attention: FrozenAttention, x: Float[Tensor, "pos d"], g: Float[Tensor, "pos d"]) -> list[float]:
     """`g . head(x)` for each head."""
     pulled = attention.adjoint_by_head(g[:, None])[:, :, 0]
@@ -168,24 +149,25 @@ def _sorted(shares: dict[Head, float]) -> dict[Head, float]:
     return dict(sorted(shares.items(), key=lambda item: -abs(item[1])))
 
 
-def source_stream(replacement: Replacement, node: Node) -> tuple[int, int, Float[Tensor, "pos d"]]:
-    """Where a node's vector enters: (stack, block whose attention is next, stream that holds it alone)."""
+def source_stream(replacement: Replacement, node: Node) -> tuple[Place, Float[Tensor, "pos d"]]:
+    """Where a node's vector is written, and a stream that holds it alone."""
     stacks = replacement.frozen.stacks
     index = next((i for i, s in enumerate(stacks) if s.tower == node.tower), None)
     if index is None or node.type in (NodeType.OUTPUT, NodeType.BIAS):
         raise UsageError(f"{node.id} does not enter the stream at one place", where="source")
     stream = torch.zeros_like(stacks[index].blocks[0].resid_pre)
+    place = Place(index, node.layer, "post")
     if node.type in _KINDS:
         positions, vectors = stacks[index].inputs.kinds[_KINDS[node.type]]
         rows = positions == node.pos if node.pos >= 0 else torch.ones_like(positions, dtype=torch.bool)
         stream.index_add_(0, positions[rows], vectors[rows])
-        return index, 0, stream
+        return place, stream
     level = replacement.levels[index, node.layer]
     if node.type == NodeType.FEATURE:
         stream[node.pos] = level.writes[_row(level, node)]
     else:
         stream[node.pos] = level.error[node.pos]
-    return index, node.layer + 1, stream
+    return place, stream
 
 
 _KINDS = {NodeType.PATCH: "patch", NodeType.TOKEN: "token", NodeType.POSITION: "pos", NodeType.CLS: "cls"}
@@ -199,28 +181,31 @@ def _row(level: Level, node: Node) -> int:
     return int(found[0])
 
 
-def target_seed(
-    replacement: Replacement, graph: AttributionGraph, target: int
-) -> tuple[int, int, Float[Tensor, "pos d"]]:
-    """What a target reads: (stack, block, linear form on the stream after that block's attention)."""
+def target_seed(replacement: Replacement, graph: AttributionGraph, target: int) -> tuple[Place, Float[Tensor, "pos d"]]:
+    """Where a target reads, and its linear form on the stream there.
+
+    A feature of an SAE reads after its MLP, but nothing else stands there: its form is pulled through that MLP.
+    """
     node, chain = graph.nodes[target], _Chain(replacement)
     if node.type == NodeType.OUTPUT:
         readout = replacement.frozen.readouts[[o.node for o in graph.outputs].index(target)]
-        block = replacement.frozen.stacks[readout.stack].blocks[readout.layer]
-        held = readout.point == "mid"
-        seed = readout.seed if held else chain.mlp_adjoint(readout.stack, block, readout.seed)
-        return readout.stack, block.layer, seed
+        layer = replacement.frozen.stacks[readout.stack].blocks[readout.layer].layer
+        return Place(readout.stack, layer, readout.point), readout.seed
     if node.type != NodeType.FEATURE:
         raise UsageError(f"{node.id} has no in-edges", where="target")
     index = next(i for i, s in enumerate(replacement.frozen.stacks) if s.tower == node.tower)
     block, level = replacement.frozen.stacks[index].blocks[node.layer], replacement.levels[index, node.layer]
     seed = torch.zeros_like(block.resid_mid)
     seed[node.pos] = level.reads[_row(level, node)]
-    return index, node.layer, chain.mlp_adjoint(index, block, seed) if replacement.mode == "sae" else seed
+    seed = chain.mlp_adjoint(index, block, seed) if replacement.mode == "sae" else seed
+    return Place(index, node.layer, "mid"), seed
 
 
 def top_reads(replacement: Replacement, graph: AttributionGraph, n: int = 10) -> list[HeadRead]:
-    """The `n` (head, query, key) that bring most to the targets of a graph, straight (no later head between)."""
+    """The `n` (head, query, key) that bring most to the targets of a graph, straight (no later head between).
+
+    Heads of the target's own stack that it can read: in SAE mode those above the nearest SAE below it.
+    """
     strength = influence(graph) + output_weights(graph)
     sizes = torch.zeros(len(graph.targets), dtype=torch.float64)
     counts = graph.weights.crow_indices().diff()
@@ -232,14 +217,17 @@ def top_reads(replacement: Replacement, graph: AttributionGraph, n: int = 10) ->
         weight = float(strength[target] / sizes[row].clamp_min(1e-30))
         if weight == 0:
             continue
-        stack, layer, seed = target_seed(replacement, graph, target)
-        parts = replacement.frozen.stacks[stack]
-        for block in reversed(parts.blocks[: layer + 1]):
-            if block.layer < layer:
+        place, seed = target_seed(replacement, graph, target)
+        tower = replacement.frozen.stacks[place.stack].tower
+        for kind, stack, block, _ in down(replacement, place):
+            if kind == "bridge":
+                break
+            if kind == "mlp":
                 seed = chain.mlp_adjoint(stack, block, seed)
+                continue
             for query in seed.abs().sum(1).nonzero()[:, 0].tolist():
                 brought = _brought(block.attention, block.resid_pre, seed, query)  # [head, key]
-                key = (parts.tower, block.layer, query)  # of the stack: captions share the blocks of "text"
+                key = (tower, block.layer, query)  # of the stack: captions share the blocks of "text"
                 score, loading = found.get(key, (torch.zeros_like(brought), torch.zeros_like(brought)))
                 found[key] = (score + weight * brought.abs(), loading + brought)
     ranked = []

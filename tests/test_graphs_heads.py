@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 from graph_toys import bridged_pass, random_pass, relu_transcoders
+from test_graphs_sweep import dictionaries
 
 from graphs.build import build_graph
+from graphs.frozen.parts import Readout
 from graphs.heads import edge_heads, top_reads
 from graphs.nodes import NodeType
 from graphs.qk import qk_panel
@@ -43,6 +45,51 @@ def test_heads_share_out_an_edge_exactly(causal):
             assert found.one_hop == (len({layer for _, layer, _ in found.last}) == 1)
             if found.one_hop:
                 assert all(abs(found.first[head] - part) < 1e-9 * scale for head, part in found.last.items())
+
+
+def read_everywhere(frozen):
+    """The pass with one random output at each end of the last stack's first and last block, mid and post."""
+    stack, draw = len(frozen.stacks) - 1, torch.Generator().manual_seed(0)
+    blocks, readouts = frozen.stacks[stack].blocks, []
+    for layer in (0, len(blocks) - 1):
+        for point in ("mid", "post"):
+            stream = blocks[layer].resid_mid if point == "mid" else blocks[layer].resid_post
+            seed = torch.randn(stream.shape, generator=draw, dtype=torch.float64)
+            value = float((seed * stream).sum())
+            readouts.append(Readout(f"{layer}.{point}", "logit", stack, seed, 0.0, value, 0.25, layer, point))
+    return dataclasses.replace(frozen, readouts=tuple(readouts))
+
+
+SMALL = {
+    "causal": lambda: random_pass(0, d=8, pos=3),
+    "bidirectional": lambda: random_pass(1, d=8, pos=2, causal=False),
+    "projector": lambda: bridged_pass(2, d=(6, 8)),
+}
+SETS = {"plain": ("plain", None), "skip": ("skip", None), "sae": ("sae", None), "sae, one block": ("sae", (1,))}
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("name", SMALL)
+def test_every_edge_of_every_mode_is_its_heads_and_a_direct_part(name, kind):
+    """All stored edges but those of biases, and zero for every pair that has none."""
+    frozen = read_everywhere(SMALL[name]())
+    given = dictionaries(frozen, SETS[kind][0], width=6, layers=SETS[kind][1])
+    mode = "sae" if kind.startswith("sae") else "transcoder"
+    replacement, graph = Replacement(frozen, given, mode), build_graph(frozen, given, mode=mode)
+    sources = (graph.nodes.type != NodeType.BIAS) & (graph.nodes.type != NodeType.OUTPUT)
+    checked = {True: 0, False: 0}
+    step = 7 if name == "projector" else 1  # the sources of that larger graph take turns
+    for target, row in zip(graph.targets.tolist(), graph.dense(), strict=True):
+        for source in sources.nonzero()[target % step :: step, 0].tolist():
+            weight = float(row[source])
+            found = edge_heads(replacement, graph, target, source)
+            sums = (found.edge, *(found.no_head + sum(heads.values()) for heads in (found.last, found.first)))
+            assert max(abs(value - weight) for value in sums) < 1e-10, (
+                graph.nodes.ids[source],
+                graph.nodes.ids[target],
+            )
+            checked[weight != 0] += 1
+    assert min(checked.values()) > 25
 
 
 def test_no_head_is_what_stays_at_its_position():
@@ -100,6 +147,23 @@ def test_top_reads_are_what_heads_bring():
             assert sum(r.loading for r in mine) == pytest.approx(float(by_head[head]), rel=1e-10)
     assert [r.score for r in reads] == sorted((r.score for r in reads), reverse=True)
     assert top_reads(replacement, graph, n=3) == reads[:3]
+
+
+def test_top_reads_stop_at_the_nearest_sae():
+    """An output reads no head below an SAE, and none at all where one stands after the last block."""
+    frozen = random_pass(seed=3, layers=4, causal=False)
+    for layers, read in (((0, 2), {3}), ((1,), {2, 3}), ((0, 3), set())):
+        given = dictionaries(frozen, "sae", layers=layers)
+        graph = build_graph(frozen, given, mode="sae", max_features=0)
+        reads = top_reads(Replacement(frozen, given, "sae"), graph, n=10_000)
+        assert {r.layer for r in reads} == read
+        block = frozen.stacks[0].blocks[3]
+        seed = frozen.readouts[0].seed
+        seed = seed + block.mlp.adjoint(seed[:, None])[:, 0]  # through the last MLP, its gate held
+        by_head = (block.attention.adjoint_by_head(seed[:, None])[:, :, 0] * block.resid_pre).sum((1, 2))
+        for head in range(2 if read else 0):
+            mine = [r.loading for r in reads if (r.layer, r.head) == (3, head)]
+            assert sum(mine) == pytest.approx(float(by_head[head]), rel=1e-10)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
