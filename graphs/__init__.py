@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graphs.export.folder import write_folder
     from graphs.frozen import freeze, from_transformer_lens
     from graphs.graph import AttributionGraph
+    from graphs.heads import edge_heads
     from graphs.influence import total_effect
     from graphs.nodes import NodeType
     from graphs.pairs import pair_matrix
@@ -35,6 +36,7 @@ __all__ = [
     "NodeType",
     "Supernodes",
     "build_graph",
+    "edge_heads",
     "freeze",
     "from_transformer_lens",
     "pair_matrix",
@@ -50,6 +52,7 @@ _HOMES = {
     "NodeType": "nodes",
     "Supernodes": "supernodes",
     "build_graph": "build",
+    "edge_heads": "heads",
     "freeze": "frozen",
     "from_transformer_lens": "frozen",
     "pair_matrix": "pairs",

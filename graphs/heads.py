@@ -8,7 +8,8 @@ al. 2025, "Tracing Attention Computation Through Feature Interactions"). Two par
 - by the *first* head after the source: `(what the target reads there) . head(source)`.
 
 Both have a part that passes through no head at all. Where one attention layer lies between, both are the same: the head
-loadings. `top_reads` ranks what heads bring, by key, for every target of a graph: where to open a QK panel.
+loadings; `top_edges` has the strongest such edges of a graph. `top_reads` ranks what heads bring, by key, for every
+target of a graph: where to open a QK panel.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from graphs.nodes import Node, NodeType
 from graphs.replace import Level, Replacement
 from mechinterp.errors import UsageError
 
-__all__ = ["EdgeHeads", "HeadRead", "edge_heads", "source_stream", "target_seed", "top_reads"]
+__all__ = ["EdgeHeads", "HeadRead", "edge_heads", "source_stream", "target_seed", "top_edges", "top_reads"]
 
 Head = tuple[str, int, int]
 
@@ -199,6 +200,29 @@ def target_seed(replacement: Replacement, graph: AttributionGraph, target: int) 
     seed[node.pos] = level.reads[_row(level, node)]
     seed = chain.mlp_adjoint(index, block, seed) if replacement.mode == "sae" else seed
     return Place(index, node.layer, "mid"), seed
+
+
+def top_edges(replacement: Replacement, graph: AttributionGraph, n: int = 5) -> list[tuple[int, int, float, EdgeHeads]]:
+    """The `n` strongest edges with one attention layer between: target, source, share of influence, heads.
+
+    An edge's share is its part of the target's in-edges in size, times the target's influence. Biases as sources, which
+    enter at many places, are left out.
+    """
+    targets, sources, weights = graph.edges
+    size = weights.double().abs()
+    into = torch.zeros(len(graph.nodes), dtype=torch.float64).index_add_(0, targets, size)
+    share = size / into.clamp_min(1e-30)[targets] * (influence(graph) + output_weights(graph))[targets]
+    share[graph.nodes.type[sources] == NodeType.BIAS] = 0.0
+    reads = {target: target_seed(replacement, graph, target)[0] for target in targets.unique().tolist()}
+    found: list[tuple[int, int, float, EdgeHeads]] = []
+    for i in share.argsort(descending=True, stable=True).tolist():
+        if len(found) == n or share[i] == 0:
+            break
+        target, source = int(targets[i]), int(sources[i])
+        steps = between(replacement, source_stream(replacement, graph.nodes[source])[0], reads[target])
+        if steps is not None and sum(step.kind == "attention" for step in steps) == 1:
+            found.append((target, source, float(share[i]), edge_heads(replacement, graph, target, source)))
+    return found
 
 
 def top_reads(replacement: Replacement, graph: AttributionGraph, n: int = 10) -> list[HeadRead]:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from graphs.draw.scene import feature_names, written_sites
+from graphs.graph import AttributionGraph
 from graphs.nodes import NodeType
 from graphs.supernodes import Supernodes
 from mechinterp.audit import graph_command, graph_pictures, graphing
@@ -68,6 +69,16 @@ def test_the_command_writes_a_whole_folder(picture, tmp_path, capsys):
     assert all(len(p["nodes"]) == len(p["labels"]) >= 2 and p["nodes"][-1].startswith("out.") for p in paths)
     reads = json.loads((out / "attention.json").read_text())["reads"]
     assert len(reads) == 2 and all(abs(r["pairs"][0]["value"]) >= abs(r["pairs"][-1]["value"]) > 0 for r in reads)
+    edges = json.loads((out / "attention.json").read_text())["edges"]
+    drawn = AttributionGraph.load(out)
+    assert len(edges) == graph_command.EDGES and "strongest edges through one attention layer" in printed
+    assert [edge["share"] for edge in edges] == sorted((edge["share"] for edge in edges), reverse=True)
+    for edge in edges:
+        sources, weights = drawn.in_edges(drawn.nodes.index(edge["target"]))
+        stored = float(weights[sources == drawn.nodes.index(edge["source"])])
+        assert stored == pytest.approx(edge["weight"], rel=1e-4) and len({h["layer"] for h in edge["heads"]}) == 1
+        assert edge["direct"]["part"] + sum(h["part"] for h in edge["heads"]) == pytest.approx(1, abs=1e-3)
+        assert edge["source"] in printed and edge["target"] in printed
     page = (out / "graph.html").read_text()
     shown = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     assert 0 < len(shown["gallery"]) <= 6 and all(len(shots) <= 4 for shots in shown["gallery"].values())

@@ -11,7 +11,7 @@ from test_graphs_sweep import dictionaries
 
 from graphs.build import build_graph
 from graphs.frozen.parts import Readout
-from graphs.heads import edge_heads, top_reads
+from graphs.heads import edge_heads, top_edges, top_reads
 from graphs.nodes import NodeType
 from graphs.qk import qk_panel
 from graphs.replace import Replacement
@@ -147,6 +147,24 @@ def test_top_reads_are_what_heads_bring():
             assert sum(r.loading for r in mine) == pytest.approx(float(by_head[head]), rel=1e-10)
     assert [r.score for r in reads] == sorted((r.score for r in reads), reverse=True)
     assert top_reads(replacement, graph, n=3) == reads[:3]
+
+
+def test_top_edges_are_the_strongest_one_hop_edges():
+    """Against every edge by itself: one hop, no bias, size as a part of its row times the target's influence."""
+    for kind, mode in (("plain", "transcoder"), ("sae", "sae")):
+        frozen = random_pass(seed=2, layers=2, d=8, pos=3)
+        given = dictionaries(frozen, kind, width=6, layers=(0,) if kind == "sae" else None)
+        replacement, graph = Replacement(frozen, given, mode), build_graph(frozen, given, mode=mode)
+        strength = graph.nodes.influence + graph.outputs.shares[0] * (graph.nodes.type == NodeType.OUTPUT)
+        wanted = []
+        for target, row in zip(graph.targets.tolist(), graph.dense(), strict=True):
+            for source in ((row != 0) & (graph.nodes.type != NodeType.BIAS)).nonzero()[:, 0].tolist():
+                if edge_heads(replacement, graph, target, source).one_hop:
+                    wanted.append((float(row[source].abs() / row.abs().sum() * strength[target]), target, source))
+        wanted = sorted(wanted, reverse=True)[:7]
+        found = top_edges(replacement, graph, 7)
+        assert [(target, source) for target, source, _, _ in found] == [(t, s) for _, t, s in wanted]
+        assert [share for _, _, share, _ in found] == pytest.approx([share for share, _, _ in wanted])
 
 
 def test_top_reads_stop_at_the_nearest_sae():

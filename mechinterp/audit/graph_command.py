@@ -18,13 +18,14 @@ from mechinterp.types import Placed
 
 if TYPE_CHECKING:
     from graphs.graph import AttributionGraph
-    from graphs.replace import Mode
+    from graphs.replace import Mode, Replacement
     from graphs.supernodes import Supernodes
     from mechinterp.data import ImageData
 
 __all__ = ["Wishes", "graph_command", "members_of"]
 
-PAIRS = 8  # printed and written for each attention score
+PAIRS = 8  # written for each attention score
+EDGES = 5  # edges that are shared out among heads
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _paths(made: ImageGraph, k: int, names: Mapping[str, str], out: Path) -> lis
 
 
 def _attention(made: ImageGraph, wishes: Wishes, out: Path) -> list[str]:
-    """attention.json: the heads that bring most, and why each looks where it looks."""
+    """attention.json: the heads that bring most, why each looks where it looks, and the heads of single edges."""
     from graphs.heads import top_reads
     from graphs.qk import qk_panel
     from graphs.replace import Replacement
@@ -241,8 +242,36 @@ def _attention(made: ImageGraph, wishes: Wishes, out: Path) -> list[str]:
             f"    {at}: {100 * read.score:.1f} %; score {panel.contrast:+.2f} against its mean over keys, of it "
             f"{best.value:+.2f} by {best.query} x {best.key}"
         )
-    write_json(out / "attention.json", {"schema_version": 1, "reads": rows})
+    edges = _edges(made, replacement)
+    write_json(out / "attention.json", {"schema_version": 1, "reads": rows, "edges": edges})
+    if edges:
+        lines.append("  strongest edges through one attention layer, by head (parts of the weight):")
+    for edge in edges:
+        parts = [f"L{head['layer']}H{head['head']} {head['part']:+.2f}" for head in edge["heads"][:3]]
+        said = ", ".join([*parts, f"direct {edge['direct']['part']:+.2f}"])
+        lines.append(f"    {edge['source']} to {edge['target']}, {edge['weight']:+.3f}: {said}")
     return lines
+
+
+def _edges(made: ImageGraph, replacement: Replacement) -> list[dict[str, Any]]:
+    """The strongest one-hop edges of the drawn graph: what each head carries, and what passes through none."""
+    from graphs.heads import top_edges
+
+    nodes = made.pruned.nodes
+    return [
+        {
+            "source": nodes.ids[source],
+            "target": nodes.ids[target],
+            "weight": found.edge,
+            "share": share,
+            "direct": {"loading": found.no_head, "part": found.no_head / found.edge},
+            "heads": [
+                {"tower": tower, "layer": layer, "head": head, "loading": loading, "part": loading / found.edge}
+                for (tower, layer, head), loading in found.last.items()
+            ],
+        }
+        for target, source, share, found in top_edges(replacement, made.pruned, EDGES)
+    ]
 
 
 def _tested(made: ImageGraph, wishes: Wishes, chosen: Sequence[int] | None, out: Path) -> list[str]:
