@@ -14,8 +14,8 @@ class Contrast:
     """A target against its alternative.
 
     Generative model: logit of the answer `yes` minus that of `no`. Dual encoder: scaled cosine with the positive
-    caption minus that with the negative one. Both are what `HookedVLM.score` gives. Classifier: logit of the class
-    minus that of the class called `negative`, or minus the mean over classes where no class is called so.
+    caption minus that with the negative one. Classifier: logit of the class,
+    minus that of the class called `negative` where one is given. All of them are what `HookedVLM.score` gives.
     """
 
     target: Target

@@ -70,7 +70,7 @@ class Target:
 
     A dual encoder scores `positive` against `negative` (scaled cosine, difference when `negative` is given). A
     generative model is asked `question` and scores the answer token `yes` against `no`. A classifier scores the
-    logit of the class called `name` (or `positive`).
+    logit of the class called `name` (or `positive`), minus that of the class called `negative` where there is one.
     """
 
     name: str

@@ -35,7 +35,7 @@ OUTPUTS: dict[str, list[Output]] = {
     "llava": [Contrast(TARGET), Logit(TARGET, demeaned=True), TokenLogit("effusion", 3)],
     "gemma3": [Contrast(TARGET), Logit(TARGET, demeaned=True), TokenLogit("effusion", 3)],
     "dinov2": [],
-    "vit": [Logit(TARGET), Contrast(TARGET)],
+    "vit": [Contrast(TARGET), Logit(TARGET, demeaned=True)],
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_dtype = pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)

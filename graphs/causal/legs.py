@@ -135,11 +135,7 @@ def _read(model: HookedVLM, output: Output, captions: tuple[str, ...], results: 
                 return value
             return value - _cosine(model, results["vision"], results[towers[target.negative]])
         case Contrast(target) if isinstance(head, Classifier):
-            chosen = heads.class_index(model.hf, target)
-            if target.negative is None:
-                return _logit(results["vision"], chosen, None, demeaned=True)
-            other = replace(target, name=target.negative, positive=target.negative)
-            return _logit(results["vision"], chosen, heads.class_index(model.hf, other), demeaned=False)
+            return heads.class_scores(model.hf, results["vision"], target)
         case Logit(target, demeaned) if isinstance(head, Classifier):
             return _logit(results["vision"], heads.class_index(model.hf, target), None, demeaned)
         case Contrast() | Similarity() | Logit() | TokenLogit() | ReportToken() | Feature():

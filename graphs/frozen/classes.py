@@ -14,12 +14,11 @@ from graphs.frozen.inputs import image_inputs, image_labels
 from graphs.frozen.parts import Readout, Stack
 from graphs.frozen.readouts import RowHead
 from graphs.targets import Contrast, Logit
-from mechinterp.errors import UsageError
-from mechinterp.models.heads import class_index
+from mechinterp.models.heads import class_index, class_pair
 from mechinterp.models.hooked import HookedVLM
 from mechinterp.models.tables import Classifier
 from mechinterp.models.wiring import find
-from mechinterp.types import ImageTextBatch, Target
+from mechinterp.types import ImageTextBatch
 
 __all__ = ["freeze_classes"]
 
@@ -52,15 +51,11 @@ def freeze_classes(
 def _direction(model: HookedVLM, output: Contrast | Logit, n: int) -> Float[Tensor, " class"]:
     """The output as a combination of class logits."""
     direction = torch.zeros(n)
-    index = class_index(model.hf, output.target)
+    if isinstance(output, Logit):
+        direction[class_index(model.hf, output.target)] = 1.0
+        return direction - 1.0 / n if output.demeaned else direction
+    index, other = class_pair(model.hf, output.target)
     direction[index] = 1.0
-    negative = output.target.negative if isinstance(output, Contrast) else None
-    classes = {str(name).lower() for name in model.hf.config.id2label.values()}
-    if negative is not None and negative.lower() in classes:
-        other = class_index(model.hf, Target(negative, ""))
-        if other == index:
-            raise UsageError(f"target {output.target.name!r} contrasts a class with itself", where="Target.negative")
-        direction[other] -= 1.0
-    elif isinstance(output, Contrast) or output.demeaned:
-        direction -= 1.0 / n
+    if other is not None:
+        direction[other] = -1.0
     return direction

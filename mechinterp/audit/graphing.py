@@ -18,7 +18,7 @@ from mechinterp.data.phantom.language import prompts
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled_folder
-from mechinterp.models.tables import Dual, Features
+from mechinterp.models.tables import Classifier, Dual, Features
 from mechinterp.types import ImageTextBatch, Placed, Target
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ def target_of(model: HookedVLM, text: str, against: str | None = None) -> Target
 
     With `against`, both texts stand as they are. Alone, a phrase of up to four words is a finding, asked in the words
     that the bundled models were taught: "a chest x-ray with X" against "a chest x-ray without X", or "is there X ?".
-    A longer text stands as it is; one with a question mark is the question.
+    A longer text stands as it is; one with a question mark is the question. For a classifier both are names of classes.
     """
+    if isinstance(model.table.head, Classifier):
+        return Target(text, text, against)
     if against is not None or "?" in text or len(text.split()) > PHRASE:
         return Target(text, text, against, question=text if "?" in text else None)
     if text in FACTORS and bundled_folder(model.label) is not None and not model.label.startswith("cxr"):

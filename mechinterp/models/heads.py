@@ -5,7 +5,7 @@
 - dual encoder: `exp(logit_scale) cos(image, positive) [+ bias]`, minus the same for `negative` where there is one
   (Radford et al. 2021, section 2.3; with the sigmoid bias, Zhai et al. 2023);
 - generative model: logit of the first token of `yes` minus that of `no`, after the prompt;
-- classifier: the logit of the class.
+- classifier: the logit of the class, minus that of the class called `negative` where one is given.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, assert_never
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.errors import ModelError, UsageError
@@ -23,7 +23,16 @@ from mechinterp.models.tables import Classifier, Dual, Family, Features, Generat
 from mechinterp.models.wiring import find
 from mechinterp.types import ImageTextBatch, Target
 
-__all__ = ["class_index", "cosine_scores", "image_features", "inputs_of", "last_logits", "readout"]
+__all__ = [
+    "class_index",
+    "class_pair",
+    "class_scores",
+    "cosine_scores",
+    "image_features",
+    "inputs_of",
+    "last_logits",
+    "readout",
+]
 
 
 def inputs_of(hf: Any, family: Family, batch: ImageTextBatch) -> dict[str, Any]:
@@ -116,13 +125,42 @@ def answer_scores(
 
 def class_index(hf: Any, target: Target) -> int:
     """The class called `target.name` or `target.positive`. Raises UsageError listing the classes."""
-    names = {str(label).lower(): int(index) for index, label in hf.config.id2label.items()}
+    names = _classes(hf)
     for name in (target.name, target.positive):
         if name.lower() in names:
             return names[name.lower()]
-    raise UsageError(f"the model has no class {target.name!r}", hint=f"its classes: {', '.join(sorted(names))}")
+    raise _no_class(target.name, "Target.name", names)
 
 
-def class_indices(hf: Any, targets: Sequence[Target]) -> Int[Tensor, " target"]:
-    """The class of every target."""
-    return torch.tensor([class_index(hf, t) for t in targets], device=hf.device)
+def class_pair(hf: Any, target: Target) -> tuple[int, int | None]:
+    """The class of a target, and the one that it is held against (None: none).
+
+    Where `positive` is a caption (neither empty, nor a class, nor the target's name), a `negative` that is no class is
+    the caption beside it, for dual encoders, and says nothing here. Raises UsageError for any other name of no class,
+    and for a class against itself.
+    """
+    names, index, negative = _classes(hf), class_index(hf, target), target.negative
+    if negative is None:
+        return index, None
+    other = names.get(negative.lower())
+    if other is None:
+        positive = target.positive.lower()
+        if positive in ("", target.name.lower()) or positive in names:
+            raise _no_class(negative, "Target.negative", names)
+    elif other == index:
+        raise UsageError(f"target {target.name!r} contrasts a class with itself", where="Target.negative")
+    return index, other
+
+
+def class_scores(hf: Any, logits: Float[Tensor, "batch class"], target: Target) -> Float[Tensor, " batch"]:
+    """Logit of the target's class, less that of the class it is held against."""
+    index, other = class_pair(hf, target)
+    return logits[:, index] if other is None else logits[:, index] - logits[:, other]
+
+
+def _classes(hf: Any) -> dict[str, int]:
+    return {str(label).lower(): int(index) for index, label in hf.config.id2label.items()}
+
+
+def _no_class(name: str, where: str, names: dict[str, int]) -> UsageError:
+    return UsageError(f"the model has no class {name!r}", where=where, hint=f"its classes: {', '.join(sorted(names))}")

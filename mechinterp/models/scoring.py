@@ -103,7 +103,8 @@ def score_features(
             logits = heads.last_logits(model.hf, model.table, batch, features)
             return heads.answer_scores(model.tokenizer, logits, targets)
         case Classifier():
-            return model.hf.classifier(features)[:, heads.class_indices(model.hf, targets)]
+            logits = model.hf.classifier(features)
+            return torch.stack([heads.class_scores(model.hf, logits, target) for target in targets], dim=1)
         case Features():
             raise UsageError(
                 f"a {model.family} model has no text and no classes to score with",
