@@ -150,6 +150,46 @@ def test_every_degenerate_sample_says_what_is_wrong():
         Measurement.__post_init__(SimpleNamespace(**fields, effect=effect[:, :2]))
 
 
+def given(n: int = 3, draws: int = 12, elements: int = 4) -> dict[str, np.ndarray]:
+    """Fields of a Measurement without any degenerate sample; the last element has no effect."""
+    rng = np.random.default_rng(5)
+    shapes = {
+        "attribution": (n, elements),
+        "output": (n,),
+        "attributions": (n, draws, elements),
+        "outputs": (n, draws),
+        "effect": (n, elements),
+        "effects": (n, draws, elements),
+    }
+    fields = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    fields["effect"][:, -1] = 0.0
+    return fields
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_effect_that_is_not_finite_takes_its_sample_out_and_no_other(bad):
+    """A broken effect at a perturbed input gives a status and no number; it must not count as a true effect of 0."""
+    fields = given()
+    whole = iq(Measurement(**fields))
+    fields["effects"][1, 4, 2] = bad
+    found = iq(Measurement(**fields))
+    assert whole.status == ("ok",) * 3 and found.status == ("ok", "nonfinite", "ok")
+    for name, column in found.columns.items():
+        assert np.isnan(column[1]), name
+        assert np.array_equal(column[[0, 2]], whole.columns[name][[0, 2]]) and np.isfinite(column[[0, 2]]).all(), name
+
+
+def test_without_effects_or_attributions_there_are_no_shares_to_compare():
+    """Where all effects, or all attributions, are 0, F and IS are undefined and a status says so; R is as it was."""
+    fields = given()
+    whole = iq(Measurement(**fields))
+    fields["effect"][1], fields["attribution"][2] = 0.0, 0.0
+    found = iq(Measurement(**fields))
+    assert found.status == ("ok", "no_effect", "zero_attr")
+    assert np.isnan(found.F_dist[1:]).all() and np.isnan(found.F_corr[1:]).all() and np.isnan(found.IS[2][1:]).all()
+    assert found.R[1] == whole.R[1] and np.isfinite(found.R[2]) and (found.coverage == 1).all()
+
+
 def test_prediction_saliency_correlation_likes_what_reliance_dislikes(scored):
     measured = measure_rows(product, EXPLAINERS, rows(40), ZERO)
     assert np.isnan(psc(measured["constant"])).all()

@@ -28,7 +28,7 @@ from mechinterp.errors import UsageError
 __all__ = ["READING", "IQScores", "Measurement", "Status", "inversion", "iq", "movement", "psc"]
 
 READING = "iq-reading-1"
-Status = Literal["ok", "const_attr", "const_output", "too_few", "nonfinite"]
+Status = Literal["ok", "const_attr", "const_output", "too_few", "nonfinite", "zero_attr", "no_effect"]
 LEAST_DRAWS = 3
 CONSTANT = 1e-9  # of the largest absolute value: a smaller spread is rounding
 
@@ -73,6 +73,10 @@ class Measurement:
 @dataclass(frozen=True)
 class IQScores:
     """Scores of each sample; nan, with a status, where a score is undefined.
+
+    "nonfinite" (any array, the effects at the perturbed inputs too), "too_few" and "const_output" have no score.
+    "const_attr" (no element's attribution moves) has F, no R. "zero_attr" and "no_effect" (the attribution, or every
+    effect, is 0 at x: there are no shares to compare) have R, no F. None of these three has IS.
 
     `R` skips elements whose attribution never moves, `R_zero` counts them as 0; `coverage` is the share of elements
     that move. `IS[p]` uses R and F_dist, `IS_zero[p]` R_zero and F_dist.
@@ -176,6 +180,7 @@ def psc(measured: Measurement) -> Float[np.ndarray, " sample"]:
 
 def _status(measured: Measurement, r: np.ndarray) -> tuple[Status, ...]:
     arrays = (measured.attribution, measured.attributions, measured.output, measured.outputs, measured.effect)
+    arrays += () if measured.effects is None else (measured.effects,)
     finite = np.all([np.isfinite(a).reshape(len(a), -1).all(1) for a in arrays], axis=0)
     dy = measured.outputs - measured.output[:, None]
     found: list[Status] = []
@@ -188,6 +193,10 @@ def _status(measured: Measurement, r: np.ndarray) -> tuple[Status, ...]:
             found.append("const_output")
         elif not np.isfinite(r[i]).any():
             found.append("const_attr")
+        elif not measured.attribution[i].any():
+            found.append("zero_attr")
+        elif not measured.effect[i].any():
+            found.append("no_effect")
         else:
             found.append("ok")
     return tuple(found)
