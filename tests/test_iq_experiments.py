@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from mechinterp.audit.defaults import default_data
 from mechinterp.errors import UsageError
-from mechinterp.experiments import run_experiment
+from mechinterp.experiments import iq_image, iq_main, run_experiment
 from mechinterp.experiments.iq_claims import Aim, averages, direction
+from mechinterp.experiments.iq_judges import OWN_FILL, RBP_SAME, by, check_judges, left_out
 from mechinterp.experiments.iq_multiverse import Multiverse, flips, rows_needed
+from mechinterp.experiments.iq_rows import judges_of
 from mechinterp.experiments.iq_study import PLAIN, RBP, Difference, Study, Trial, arms, shuffled, trial, two_level
 from mechinterp.experiments.iq_sweep import DEFAULT, GRID, scores_of
 from mechinterp.explain.bounds import Check, bounded, capped, with_bounds
 from mechinterp.explain.inject import Scale, injected
+from mechinterp.explain.question import Part, Question
 from mechinterp.explain.tabular import EXPLAINERS
 from mechinterp.explain.tabular_questions import about_rows, of_rows
 from mechinterp.metrics.iq import Measurement, iq
-from mechinterp.metrics.iq.ask import stage
+from mechinterp.metrics.iq.ask import effects_of, stage
 from mechinterp.storage import verify_folder
 
 NAMES = ("iq-tabular", "iq-real-table", "iq-shapley-rbp", "iq-image", "iq-text", "iq-sweep")
@@ -103,6 +108,97 @@ def test_bounds_turn_an_echo_into_its_check_and_leave_exact_values():
     assert np.nanmean(scored(with_bounds(exact, check)).F_dist) > 0.99
 
 
+# -- who judges
+
+
+def test_no_trial_is_judged_by_what_the_explainers_remove_to():
+    """The explainers' own reference is refused under any name, for any row, and as the silent default."""
+    question = about_rows(product, rows(), ZERO)
+    wanted = arms({"occlusion": of_rows(EXPLAINERS["occlusion"])}, (PLAIN,))
+    one_row = rows(seed=4)
+    one_row[7] = 0
+    part = question.parts[0]
+    for judges in (
+        {},
+        {"blur": question},
+        {"training rows": about_rows(product, rows(), ZERO.clone())},
+        {"some": replace(question, parts=(replace(part, reference=one_row),))},
+        {"fine": about_rows(product, rows(), ZERO + 1), "own": question},
+    ):
+        with pytest.raises(UsageError, match="circular"):
+            trial("here", question, wanted, judges, draws=3)
+
+
+def test_a_part_that_keeps_the_explainers_fill_makes_a_judge_circular():
+    """Patches by blur do not excuse words by the explainers' own fill; parts without elements may stay."""
+    part = Part("column", torch.ones(3, 2), torch.zeros(3, 2), torch.arange(2))
+    words = Part("column", torch.ones(3, 2), torch.zeros(3, 2), torch.arange(2) + 2)
+    blurred = replace(part, reference=part.reference + 0.5)
+
+    def asked(*parts):
+        return Question(parts, lambda values: values[0].sum(1), 4, tuple("abcd"))
+
+    with pytest.raises(UsageError, match="circular"):
+        check_judges(asked(part, words), {"blur": asked(blurred, words)})
+    still = replace(words, kind="still")
+    check_judges(asked(part, still), {"blur": asked(blurred, still)})
+
+
+def test_the_bundled_judges_of_images_are_not_the_explainers_fill():
+    """iq-main's injection hands a judge of its own to every trial: with the explainers' fill it would not run."""
+    seen = []
+
+    def fake(_condition, question, wanted, judges, *_rest, **_more):
+        check_judges(question, judges)
+        seen.append(sorted(judges))
+        return Trial("psi 0", {}, np.ones(len(question), bool))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iq_main, "trial", fake)
+        size = replace(iq_main.QUICK, psi=(0.0,))
+        iq_main._injection("phantom-clip", default_data(64), size, 0)
+    assert seen == [["blur"]]
+    toy = iq_image.toy_of(0, iq_image.QUICK)
+    check_judges(toy.question, toy.judges)
+    assert len(toy.judges) == 2, "two references a modality"
+
+
+def test_rows_are_judged_by_training_rows_of_their_own():
+    """Every explained row has one of the training rows as its reference, and effects are those of going there."""
+    training, x, w = rows(30, seed=8), rows(12), torch.arange(6.0).double()
+    question = about_rows(lambda some: some @ w, x, ZERO)
+    judges = judges_of(question, training, seed=1)
+    assert list(judges) == ["training rows", "ones"]
+    reference = judges["training rows"].parts[0].reference
+    found = (reference[:, None] == training).all(2)
+    assert found.any(1).all() and len(found.int().argmax(1).unique()) > 6
+    assert torch.allclose(effects_of(judges["training rows"]), (x - reference) * w)
+    assert torch.equal(judges_of(question, training, 1)["training rows"].parts[0].reference, reference)
+
+
+def test_a_removal_is_perfect_by_its_own_fill_and_by_no_other():
+    """Occlusion is what it is judged by only under the explainers' own fill, which no claim may use."""
+    question = about_rows(product, rows(), ZERO)
+    wanted = arms({"occlusion": of_rows(EXPLAINERS["occlusion"])}, (PLAIN,))
+    found = trial("here", question, wanted, judges_of(question, rows(30, seed=8), 1), draws=4)
+    columns = found.columns["occlusion", PLAIN]
+    assert found.judges == ("training rows", "ones")
+    assert np.allclose(columns[by("F_dist", OWN_FILL)], 1)
+    assert columns["F_dist"].mean() < 0.8 and columns[by("F_dist", "ones")].mean() < 0.8
+
+
+def test_rbp_may_leave_out_perturbations_that_move_the_prediction():
+    """With no tolerance every row is shrunk as before; with none of the perturbations left, no row is."""
+    question = about_rows(product, rows(), ZERO)
+    explainers = {"random": of_rows(EXPLAINERS["random"])}
+    for sd, same_as in ((1e9, RBP), (0.0, PLAIN)):
+        generator = torch.Generator().manual_seed(0)
+        made = {a.treatment: a.explain(question, generator) for a in arms(explainers, (PLAIN, RBP, RBP_SAME), sd=sd)}
+        assert torch.equal(made[RBP_SAME], made[same_as]) and not torch.equal(made[RBP], made[PLAIN])
+    assert left_out(question, 1e9) == 0 and left_out(question, 0.0) == 1
+    assert 0.2 < left_out(question, float(product(rows()).std())) < 0.8
+
+
 # -- trials and studies
 
 
@@ -149,7 +245,7 @@ def test_a_trial_drops_rows_whose_output_moved():
     question = about_rows(lambda x: product(x) + 3 * (x[:, 2] - 1).clamp(min=0), rows(), ZERO)
     inject = partial(injected, slots=(2,), psi=0.8, scale=Scale(0.0, 1.0), seed=1)
     wanted = arms({"occlusion": of_rows(EXPLAINERS["occlusion"])}, (PLAIN,))
-    found = trial("psi 0.8", question, wanted, inject, (2,), draws=4)
+    found = trial("psi 0.8", question, wanted, judges_of(question, rows(9, seed=5), 0), inject, (2,), draws=4)
     assert 0 < found.kept.sum() < 40
     # an element that does nothing where it is kept gets nothing
     slot = found.columns["occlusion", PLAIN]["slot"]

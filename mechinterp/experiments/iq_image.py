@@ -6,7 +6,7 @@
    stands on images whose output says "square" and on no other.
 3. R, F, IS and companions before and after, for every explainer of patches (Grad-CAM too), plain, under RBP, under an
    exaggerated RBP, and under bounds. Explainers remove patches to the background's mean; F is scored against the
-   blurred image, so that no explainer is judged by its own removal.
+   blurred image and against patches of other images, so that no explainer is judged by its own removal.
 
 About 5 minutes on one core.
 """
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechinterp.experiments.iq_judges import left_out_note
 from mechinterp.experiments.iq_page import Layout, injection_result
 from mechinterp.experiments.iq_toys import (
     ANCHORS,
@@ -35,6 +36,7 @@ from mechinterp.experiments.result import Result
 from mechinterp.explain.ask import about_function, blurred, patch_owner
 from mechinterp.explain.inject import Injected, scale_of
 from mechinterp.explain.question import Question, Values
+from mechinterp.metrics.faithfulness import refilled
 from mechinterp.metrics.iq import expected_absolute_r
 
 __all__ = ["Shapes", "Sizes", "bright_pixel", "run", "shapes", "toy_of"]
@@ -124,9 +126,12 @@ def toy_of(seed: int, size: Sizes) -> Toy:
 
     owner = patch_owner(SIDE, SIDE, GRID, GRID)
     question = about_function(net, images, torch.zeros(SIDE, SIDE), owner, "patch", (GRID, GRID), inner)
-    judge = replace(question, parts=(replace(question.parts[0], reference=blurred(images)),))
+    judges = {
+        "blur": replace(question, parts=(replace(question.parts[0], reference=blurred(images)),)),
+        "other images": refilled(question, "resample", torch.Generator().manual_seed(71_000 + seed)),
+    }
     scale = scale_of(about_function(net, many, torch.zeros(SIDE, SIDE), owner, "patch"))
-    return Toy(question, judge, SLOT, scale, skill)
+    return Toy(question, judges, SLOT, scale, skill)
 
 
 def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Result:
@@ -149,7 +154,9 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
         f"Images classified rightly, not trained on: {min(skills):.2f} to {max(skills):.2f} over {len(skills)} seeds.",
         f"R by chance with {size.draws} draws: {expected_absolute_r(size.draws):.3f}.",
         f"Of the images that are called squares, {1 - share:.0%} were dropped as the bright pixel moved the output.",
-        "F is scored by removing single patches to the blurred image. occlusion removes single patches too, to the "
+        "F is scored by removing single patches to the blurred image ('by other images': to the same patch of another "
+        "image). occlusion removes single patches too, to the "
         "background's mean, so claims about F leave it out; oracle is the same thing as an anchor.",
     ]
+    notes.append(left_out_note([(toy.question, toy.scale.sd) for toy in toys], seed))
     return injection_result(study, layout, notes)

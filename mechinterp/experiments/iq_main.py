@@ -111,5 +111,18 @@ def _injection(name: str, data: ImageData, size: Sizes, seed: int) -> Study:
     scale, study = scale_of(question), Study()
     for psi in progress(size.psi, "injection", unit="psi"):
         inject = partial(injected, slots=CORNER, psi=psi, scale=scale, seed=seed + 1)
-        study.add(trial(f"psi {psi:g}", question, wanted, inject, CORNER, judge, size.draws, 0.05, seed))
+        study.add(
+            trial(
+                f"psi {psi:g}",
+                question,
+                wanted,
+                {"blur": judge},
+                inject,
+                CORNER,
+                size.draws,
+                0.05,
+                seed,
+                own_fill=False,
+            )
+        )
     return study

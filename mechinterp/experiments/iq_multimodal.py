@@ -115,7 +115,11 @@ def _of_model(name: str, size: Sizes, seed: int) -> Found:
     study = Study()
     for psi in progress(size.psi, name, unit="psi"):
         inject = partial(injected, slots=slots, psi=psi, scale=scale, seed=seed + 1)
-        study.add(trial(condition(psi), question, wanted, inject, slots, judge, size.draws, 0.05, seed))
+        study.add(
+            trial(
+                condition(psi), question, wanted, {"blur": judge}, inject, slots, size.draws, 0.05, seed, own_fill=False
+            )
+        )
     patches = question.count - len(_words_of(question))
     words = {}
     for m, explain in explainers.items():

@@ -9,6 +9,7 @@ import numpy as np
 
 from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
 from mechinterp.experiments.iq_claims import Aim, averages, direction
+from mechinterp.experiments.iq_judges import OWN_FILL, RBP_SAME, by
 from mechinterp.experiments.iq_study import (
     BOUNDS,
     CHECK,
@@ -53,6 +54,7 @@ PLAIN_AIMS = (
 )
 DRAWN = tuple(t for t in TREATMENTS if t != CHECK)
 CHECK_AIM = (Aim("bounds have a higher F than their check alone", "F_dist", +1),)
+SAME_AIM = (Aim("leaving out perturbations that move the output lowers IS under RBP", "IS_p2", -1),)
 SHARES_AIM = (Aim("RBP on shares lowers IS more than scaling to shares alone", "IS_p2", -1),)
 
 
@@ -66,7 +68,8 @@ class Layout:
         real: explainers that claims are about.
         anchors: explainers that only mark a scale.
         slot: what the spurious element is, in words.
-        circular: explainers made of the removal that F is scored with; their F is 1 by construction, no claim on F.
+        circular: explainers that remove single elements, as F does, though to another reference; no claim on F counts
+            them.
         also: further conditions to set against `base`.
         control: the condition with the injected values of `spur`, shuffled over inputs.
     """
@@ -83,17 +86,18 @@ class Layout:
 
     @property
     def fair(self) -> tuple[str, ...]:
-        """Explainers whose F is not given by construction."""
+        """Explainers that claims on F count."""
         return tuple(n for n in self.real if n not in self.circular)
 
 
 def injection_result(study: Study, layout: Layout, notes: Sequence[str]) -> Result:
     """Everything an injection study shows."""
     names, spurs = (*layout.real, *layout.anchors), (layout.spur, *layout.also)
+    judged = tuple(c for name in references(study) for c in (by("F_dist", name), by("IS_p2", name)))
     moved = {
         (spur, column): {n: study.change((spur, n, PLAIN), (layout.base, n, PLAIN), column) for n in names}
         for spur in spurs
-        for column in MOVED
+        for column in (*MOVED, *judged)
     }
     treated = {
         (condition, treatment, column): {
@@ -101,7 +105,7 @@ def injection_result(study: Study, layout: Layout, notes: Sequence[str]) -> Resu
         }
         for condition in (layout.base, *spurs)
         for treatment in TREATMENTS
-        for column in (*JUDGED, "slot")
+        for column in (*JUDGED, "slot", *judged)
     }
     rows = _rows(study)
     for (spur, column), by_name in moved.items():
@@ -113,9 +117,25 @@ def injection_result(study: Study, layout: Layout, notes: Sequence[str]) -> Resu
     for spur in spurs:
         tables += [levels(study, spur, names), _moved_table(layout.base, spur, moved, names)]
         tables += [_treated_table(spur, treated, names, t) for t in TREATMENTS]
+        tables.append(_reference_table(study, layout, spur))
     claims = [claim for spur in spurs for claim in _claims(study, layout, spur, moved, treated)]
     gates = [line for spur in spurs for line in gate_notes(study, spur)]
     return Result(rows, claims, tables, _figure(study, layout, treated), (*notes, *gates, *READING_NOTES))
+
+
+def references(study: Study) -> tuple[str, ...]:
+    """References that F is scored by beside the first; the explainers' own is among them where it was measured."""
+    first = next(iter(study.trials.values()))[0]
+    columns = next(iter(first.columns.values()))
+    return tuple(name for name in (*first.judges[1:], OWN_FILL) if by("F_dist", name) in columns)
+
+
+def aims_by(name: str) -> tuple[Aim, ...]:
+    """What bounds would do against RBP by another reference."""
+    return (
+        Aim(f"bounds raise F more than RBP, by {name}", by("F_dist", name), +1),
+        Aim(f"bounds lower IS more than RBP, by {name}", by("IS_p2", name), -1),
+    )
 
 
 def _claims(study: Study, layout: Layout, spur: str, moved: dict, treated: dict) -> list[Claim]:
@@ -136,7 +156,13 @@ def _claims(study: Study, layout: Layout, spur: str, moved: dict, treated: dict)
         *averages(study, spur, BOUNDS, RBP, fair, AIMS),
         *averages(study, spur, BOUNDS, PLAIN, fair, PLAIN_AIMS),
         *averages(study, spur, BOUNDS, CHECK, fair, CHECK_AIM),
+        *averages(study, spur, RBP_SAME, RBP, real, SAME_AIM),
     ]
+    for name in references(study):
+        if name != OWN_FILL:
+            claims += averages(study, spur, BOUNDS, RBP, fair, aims_by(name))
+            claims.append(direction(f"injection lowers F by {name}", of(moved[spur, by("F_dist", name)], fair), -1))
+            claims.append(direction(f"injection raises IS by {name}", of(moved[spur, by("IS_p2", name)], real), +1))
     if not told:
         claims += _following(study, layout, of)
         claims.append(
@@ -184,8 +210,10 @@ def _rows(study: Study) -> list[Row]:
 
 def levels(study: Study, condition: str, names: Sequence[str], treatment: str = PLAIN) -> Table:
     """Every score of every explainer under one condition."""
-    here = [(n, *(study.mean((condition, n, treatment), c) for c in SHOWN if _has(study, condition, c))) for n in names]
-    header = tuple(h for c, h in zip(SHOWN, HEADER, strict=True) if _has(study, condition, c))
+    shown = {c: h for c, h in zip(SHOWN, HEADER, strict=True) if _has(study, condition, c)}
+    shown |= {by("F_dist", name): f"F by {name}" for name in references(study)}
+    here = [(n, *(study.mean((condition, n, treatment), c) for c in shown)) for n in names]
+    header = tuple(shown.values())
     return Table(f"Scores, {condition}", ("explainer", *header), tuple(here))
 
 
@@ -197,6 +225,20 @@ def _moved_table(base: str, spur: str, moved: dict, names: Sequence[str]) -> Tab
     lines = tuple((n, *(str(moved[spur, c][n]) for c in MOVED)) for n in names)
     title = f"What injection changes ({spur} minus {base}; paired, 95 %)"
     return Table(title, ("explainer", *(TITLES[c] for c in MOVED)), lines)
+
+
+def _reference_table(study: Study, layout: Layout, spur: str) -> Table:
+    """Bounds against RBP as written, no treatment and the check alone, mean over explainers, by every reference."""
+    lines = []
+    first = study.trials[spur][0].judges[0]
+    for name in (first, *references(study)):
+        for other in (RBP, PLAIN, CHECK):
+            scores = ("F_dist", "IS_p2", "IS_zero_p2", "R_excess")
+            columns = scores if name == first else tuple(by(c, name) for c in scores)
+            found = [study.pooled(spur, BOUNDS, other, layout.fair, c) for c in columns]
+            lines.append((name + (" (circular)" if name == OWN_FILL else ""), other, *map(str, found)))
+    title = f"Bounds by every reference that F is scored by ({spur}; mean over {len(layout.fair)} explainers, 95 %)"
+    return Table(title, ("F scored by", "bounds against", "F", "IS (skip)", "IS (zero)", "R_excess"), tuple(lines))
 
 
 def _treated_table(spur: str, treated: dict, names: Sequence[str], treatment: str) -> Table:

@@ -18,10 +18,12 @@ from functools import partial
 import numpy as np
 import torch
 
+from mechinterp.experiments.iq_judges import left_out_note
 from mechinterp.experiments.iq_page import Layout, injection_result
 from mechinterp.experiments.iq_rows import CONTROL, Network, label_of, rows_study, train
 from mechinterp.experiments.result import Result
 from mechinterp.explain.tabular import EXPLAINERS, kernel_shap
+from mechinterp.explain.tabular_questions import about_rows
 from mechinterp.metrics.iq import expected_absolute_r
 from mechinterp.metrics.statistics import auroc
 from mechinterp.progress import progress
@@ -39,7 +41,7 @@ class Sizes:
 
     rows: int = 30
     seeds: int = 8
-    draws: int = 20
+    draws: int = 30
     steps: int = 300
     psi: tuple[float, ...] = (0.0, 0.5, 0.8)
 
@@ -70,6 +72,7 @@ def network_of(seed: int, steps: int, rows: int) -> Network:
         auroc(out.numpy(), label[rest]),
         torch.zeros(x.shape[1], dtype=x.dtype),
         x[rest][:rows],
+        x[fit],
         float(fitted.mean()),
         float(fitted.std()),
     )
@@ -93,6 +96,9 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
         f"AUROC of the networks on rows not trained on: {min(skills):.3f} to {max(skills):.3f} over {len(skills)} "
         "seeds. What is explained is the logit of malignant; an explanation is of the network, not of a patient.",
         f"R by chance with {size.draws} draws: {expected_absolute_r(size.draws):.3f}.",
-        "occlusion is the removal that F is scored with: its F is 1 by construction and no claim about F counts it.",
+        "F is scored by removing a column to its value in a training row ('by ones': to one sd above the mean); "
+        "explainers remove it to the mean. occlusion removes single columns as F does, though to another value, so no "
+        "claim about F counts it.",
     ]
+    notes.append(left_out_note([(about_rows(n.f, n.test, n.reference), n.sd) for n in networks], seed))
     return injection_result(study, layout, notes)

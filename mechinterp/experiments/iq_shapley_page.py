@@ -9,14 +9,16 @@ import numpy as np
 
 from mechinterp.experiments.canvas import axes_of, canvas, png
 from mechinterp.experiments.iq_claims import Aim, averages, direction
+from mechinterp.experiments.iq_judges import OWN_FILL, RBP_SAME, by
 from mechinterp.experiments.iq_page import TITLES, forest
 from mechinterp.experiments.iq_study import PLAIN, Difference, Study
 from mechinterp.experiments.result import Claim, Result, Row, Table
 
 __all__ = ["Judged", "shapley_result"]
 
+BY_FILLS = ("F_dist", "IS_p2", "IS_zero_p2", "R_excess")
 COLUMNS = ("F_dist", "IS_p2", "IS_zero_p2", "R_excess", "R_null")
-COMPARED = ("RBP", "RBP on shares", "RBP, lambda 10", "own")
+COMPARED = ("RBP", RBP_SAME, "RBP on shares", "RBP, lambda 10", "own")
 CONTROLS = ("shares only", "RBP, lambda 10, dealt at random", "10 % of noise", "check alone")
 HEADER = {**TITLES, "R_null": "R_null"}
 ALONE = "own mitigation has a higher F_dist than its check alone"
@@ -65,7 +67,7 @@ def shapley_result(study: Study, judged: Judged) -> Result:
     }
     rows = _rows(study, changed, stability)
     tables = [_tried(judged), _levels(study, names), *(_changes(changed, names, t) for t in (*COMPARED, *CONTROLS))]
-    tables.append(_stability(stability))
+    tables += [_stability(stability), _by_reference(study, judged.real)]
     return Result(
         rows,
         _claims(study, judged, changed, against),
@@ -103,6 +105,11 @@ def _claims(study: Study, judged: Judged, changed: Mapping, against) -> list[Cla
             claims.append(direction(said, {"shapley": d}, sign))
     claims += averages(study, "test", "own", "RBP", real, AIMS)
     claims += averages(study, "test", "own", PLAIN, real, PLAIN_AIMS)
+    for name in study.trials["test"][0].judges[1:]:
+        aims = [Aim(f"{aim.claim}, by {name}", by(aim.column, name), aim.sign) for aim in AIMS[:3]]
+        claims += averages(study, "test", "own", "RBP", real, aims)
+    same = Aim("leaving out perturbations that move the output lowers IS under RBP", "IS_p2", -1)
+    claims += averages(study, "test", RBP_SAME, "RBP", real, [same])
     harder = against("RBP, lambda 10", "RBP, lambda 10, dealt at random", "IS_p2", real)
     claims += [
         direction("RBP with lambda 10 lowers IS more than the same shrinkage dealt at random", harder, -1),
@@ -164,6 +171,18 @@ def _stability(stability: Mapping) -> Table:
     lines = tuple((label, *(str(stability[t, c]) for c in COLUMNS)) for t, label in STABILITY.items())
     title = "Shapley values shrunk by two kinds of instability, all on shares (test functions; against plain)"
     return Table(title, ("instability from", *_header()), lines)
+
+
+def _by_reference(study: Study, names: Sequence[str]) -> Table:
+    first, *others = study.trials["test"][0].judges
+    lines = []
+    for name in (first, *others, OWN_FILL):
+        for against in ("RBP", PLAIN, "check alone"):
+            columns = BY_FILLS if name == first else tuple(by(c, name) for c in BY_FILLS)
+            found = [study.pooled("test", "own", against, names, c) for c in columns]
+            lines.append((name + (" (circular)" if name == OWN_FILL else ""), against, *map(str, found)))
+    title = "Own mitigation by every reference that F is scored by (test functions; mean over explainers, 95 %)"
+    return Table(title, ("F scored by", "own against", *(HEADER[c] for c in BY_FILLS)), tuple(lines))
 
 
 def _header() -> tuple[str, ...]:

@@ -7,7 +7,9 @@
    perturbed inputs.
 3. Controls: scaling to shares alone, RBP's shrinkage dealt to the wrong elements, 10 % of noise, the check alone.
 
-The removal in our mitigation is of random sets of at least two columns; F is scored by removing one at a time.
+The removal in our mitigation is of random sets of at least two columns, to zero or to other rows; F is scored by
+removing one at a time, to one on the development functions, as candidates use both other fills; on the test functions
+to a training row too, where the chosen form does not use those.
 About 1 minute on one core.
 """
 
@@ -21,10 +23,12 @@ import numpy as np
 import torch
 from torch.nn.functional import softplus
 
-from mechinterp.experiments.iq_rows import train
+from mechinterp.experiments.iq_judges import RBP_SAME
+from mechinterp.experiments.iq_rows import ONES, ROWS, judges_of, train
 from mechinterp.experiments.iq_shapley_page import Judged, shapley_result
 from mechinterp.experiments.iq_study import PLAIN, Arm, Study, trial
 from mechinterp.experiments.iq_treatments import (
+    FROM_ROWS,
     Treatment,
     check_alone,
     forms,
@@ -34,10 +38,12 @@ from mechinterp.experiments.iq_treatments import (
 )
 from mechinterp.experiments.result import Result
 from mechinterp.explain.bounds import Check
+from mechinterp.explain.inject import GATE
 from mechinterp.explain.question import Values
 from mechinterp.explain.rbp import shapley_rbp, with_rbp
 from mechinterp.explain.tabular import EXPLAINERS, Function
 from mechinterp.explain.tabular_questions import about_rows, of_rows
+from mechinterp.metrics.faithfulness import Removal, scored_by
 from mechinterp.progress import progress
 
 __all__ = ["DEVELOPMENT", "TESTS", "Sizes", "choose", "run"]
@@ -68,7 +74,7 @@ class Sizes:
     """How much of everything; `few` cuts the functions and explainers to one or two of each."""
 
     rows: int = 40
-    draws: int = 20
+    draws: int = 30
     steps: int = 800
     few: bool = False
 
@@ -83,21 +89,24 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
     names = (*REAL[:keep], *ANCHORS)
     study = Study()
     for i, f in enumerate(list(DEVELOPMENT.values())[: keep - 1]):
-        _measure(study, "development", f, names, size, seed * 100 + i, forms)
+        _measure(study, "development", f, names, size, seed * 100 + i, _forms, (ONES,))
     chosen, table = choose(study, names[: -len(ANCHORS)])
     tests = list(TESTS.values())[:keep] + [
         _network(f, seed * 100 + i, size.steps) for i, f in enumerate(list(LEARNT.values())[: keep - 1])
     ]
+    fill = Removal(ROWS if FROM_ROWS in chosen else "zero")
+    judges = tuple(by.fill for by in scored_by("subset_fill", fill, (Removal(ROWS), Removal(ONES))))
     for i, f in enumerate(progress(tests, "functions", unit="function")):
-        _measure(study, "test", f, names, size, seed * 100 + 50 + i, partial(_treatments, chosen))
+        _measure(study, "test", f, names, size, seed * 100 + 50 + i, partial(_treatments, chosen), judges)
     judged = Judged(names[: -len(ANCHORS)], ANCHORS, chosen, table, tuple(TESTS), tuple(LEARNT))
     return shapley_result(study, judged)
 
 
-def _treatments(chosen: str, background: Values, seed: int) -> dict[str, Treatment]:
-    """All treatments of the test functions; our own mitigation is "own"."""
+def _treatments(chosen: str, background: Values, sd: float, seed: int) -> dict[str, Treatment]:
+    """All treatments of the test functions; our own mitigation is "own". `sd` is that of the output."""
     return {
         "RBP": partial(with_rbp, as_written=True),
+        RBP_SAME: partial(with_rbp, as_written=True, tolerance=GATE * sd),
         "RBP on shares": with_rbp,
         "RBP, lambda 10": partial(with_rbp, as_written=True, strength=10.0),
         "own": forms(background, seed)[chosen],
@@ -108,12 +117,21 @@ def _treatments(chosen: str, background: Values, seed: int) -> dict[str, Treatme
     }
 
 
-def _measure(study: Study, condition: str, f: Function, names, size: Sizes, seed: int, of) -> None:
+def _forms(background: Values, sd: float, seed: int) -> dict[str, Treatment]:
+    """The candidates; none of them asks for the output's spread."""
+    return forms(background, seed)
+
+
+def _measure(
+    study: Study, condition: str, f: Function, names, size: Sizes, seed: int, of, judges: tuple[str, ...]
+) -> None:
     generator = torch.Generator().manual_seed(30_000 + seed)
     x = torch.rand(size.rows + 256, COLUMNS, generator=generator, dtype=torch.float64) * 4 - 2
     question = about_rows(f, x[: size.rows], torch.zeros(COLUMNS, dtype=torch.float64))
     background = (x[size.rows :],)
-    treatments: Mapping[str, Treatment] = of(background, seed)
+    sd = float(f(x[size.rows :]).std())
+    treatments: Mapping[str, Treatment] = of(background, sd, seed)
+    judged = judges_of(question, x[size.rows :], seed)
     wanted = []
     for name in names:
         explain = of_rows(EXPLAINERS[name])
@@ -125,7 +143,7 @@ def _measure(study: Study, condition: str, f: Function, names, size: Sizes, seed
         ]
         exact = of_rows(EXPLAINERS["shapley"])
         wanted += [Arm("shapley", "RBP on shares, lambda 10", with_rbp(exact, strength=10.0))]
-    study.add(trial(condition, question, wanted, draws=size.draws, seed=seed))
+    study.add(trial(condition, question, wanted, {n: judged[n] for n in judges}, draws=size.draws, seed=seed))
 
 
 def _network(f: Function, seed: int, steps: int) -> Function:

@@ -4,6 +4,11 @@ A *trial* is one model (one seed), some rows and one condition. Every arm (an ex
 same rows, the same perturbed copies and is judged by the same removals, so differences between arms are paired. Where a
 condition injects a spurious element, it does so in the perturbed copies too, as that is how such an element arrives.
 
+F is judged by removals to other references than those of the explainers (`Judges`, the first of them for every claim
+that names none); a judge with the explainers' own reference is refused. Scores by their own reference are kept as
+"F_dist by the explainers' own fill" and the like, to be held beside: bounds, KernelSHAP and Shapley values are made of
+removals to it, so there they win by construction.
+
 Intervals come from a bootstrap of two levels: models with replacement, then rows within each. Perturbations are never
 resampled. p values are two-sided, from the same draws, and Holm-corrected over methods where a claim rests on several.
 """
@@ -19,8 +24,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechinterp.experiments.iq_judges import OWN_FILL, RBP_SAME, Judges, by, check_judges
 from mechinterp.explain.bounds import Check, bounded
-from mechinterp.explain.inject import Injected, Scale, injected
+from mechinterp.explain.inject import GATE, Injected, Scale, injected
 from mechinterp.explain.question import ElementExplainer, Question
 from mechinterp.explain.rbp import NOISE, PERTURBATIONS, STRENGTH, rbp, shares
 from mechinterp.explain.shake import shaken
@@ -49,8 +55,9 @@ __all__ = [
 
 PLAIN, RBP, RBP_SHARES, RBP10 = "plain", "RBP", "RBP on shares", "RBP on shares, lambda 10"
 SHARES, BOUNDS, CHECK = "shares only", "bounds", "check alone"
-TREATMENTS = (RBP, SHARES, RBP_SHARES, RBP10, BOUNDS, CHECK)
+TREATMENTS = (RBP, RBP_SAME, SHARES, RBP_SHARES, RBP10, BOUNDS, CHECK)
 SCORES = ("R", "R_zero", "F_dist", "F_corr", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage")
+JUDGED_SCORES = ("F_dist", "F_corr", "IS_p2", "IS_zero_p2", "R_null", "R_excess")
 Key = tuple[str, str, str]
 """Condition, explainer, treatment."""
 Interval = tuple[float, float]
@@ -70,28 +77,37 @@ class Arm:
 class _Once:
     """One call of an explainer for x and RBP's perturbed copies, which all treatments of a question share."""
 
-    def __init__(self, explain: ElementExplainer, shake: bool):
-        self.explain, self.copies = explain, 1 + PERTURBATIONS if shake else 1
-        self.last: tuple[Question, Tensor] | None = None
+    def __init__(self, explain: ElementExplainer, shake: bool, tolerance: float):
+        self.explain, self.copies, self.tolerance = explain, 1 + PERTURBATIONS if shake else 1, tolerance
+        self.last: tuple[Question, Tensor, Tensor] | None = None
 
-    def __call__(self, question: Question, generator: torch.Generator) -> Float[Tensor, "row copy element"]:
+    def __call__(
+        self, question: Question, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "row copy element"], Bool[Tensor, "row draw"]]:
+        """Attributions at x and its copies, and which copies left the output within the tolerance."""
         if self.last is None or self.last[0] is not question:
             near = question if self.copies == 1 else shaken(question, PERTURBATIONS, NOISE, generator)
-            found = self.explain(near, generator).detach()
-            self.last = (question, found.view(len(question), self.copies, question.count))
-        return self.last[1]
+            found = self.explain(near, generator).detach().view(len(question), self.copies, question.count)
+            y = near.score().view(len(question), self.copies)
+            self.last = (question, found, (y[:, 1:] - y[:, :1]).abs() <= self.tolerance)
+        return self.last[1:]
 
 
 def arms(
-    explainers: Mapping[str, ElementExplainer], treatments: Sequence[str], check: Check | None = None
+    explainers: Mapping[str, ElementExplainer],
+    treatments: Sequence[str],
+    check: Check | None = None,
+    sd: float = float("inf"),
 ) -> list[Arm]:
     """Every explainer under every treatment; `bounds` and `check alone` need a check.
 
-    Treatments see the same explanation of x; `check alone` sees none, so it is the same for every explainer.
+    Treatments see the same explanation of x; `check alone` sees none, so it is the same for every explainer. `RBP_SAME`
+    leaves out perturbations that move the output by more than GATE times `sd`, the output's standard deviation; the
+    other forms of RBP use all three.
     """
     found = []
     for name, explain in explainers.items():
-        once = _Once(explain, shake=bool({RBP, RBP_SHARES, RBP10} & set(treatments)))
+        once = _Once(explain, bool({RBP, RBP_SAME, RBP_SHARES, RBP10} & set(treatments)), GATE * sd)
         for treatment in treatments:
             found.append(Arm(name, treatment, partial(_treated, once, treatment, check)))
     return found
@@ -100,7 +116,7 @@ def arms(
 def _treated(
     once: _Once, treatment: str, check: Check | None, question: Question, generator: torch.Generator
 ) -> Float[Tensor, "row element"]:
-    seen = once(question, generator)
+    seen, same = once(question, generator)
     a, around = seen[:, 0], seen[:, 1:]
     if treatment == PLAIN:
         return a
@@ -109,7 +125,8 @@ def _treated(
     if treatment in (BOUNDS, CHECK) and check is not None:
         effect, error = check(question)
         return effect if treatment == CHECK else bounded(a, effect, error)
-    return rbp(a, around, 10.0 if treatment == RBP10 else STRENGTH, as_written=treatment == RBP)
+    strength, kept = 10.0 if treatment == RBP10 else STRENGTH, same if treatment == RBP_SAME else None
+    return rbp(a, around, strength, kept, as_written=treatment in (RBP, RBP_SAME))
 
 
 def shuffled(near: Question, slots: tuple[int, ...], psi: float, scale: Scale, seed: int) -> Injected:
@@ -127,50 +144,71 @@ def shuffled(near: Question, slots: tuple[int, ...], psi: float, scale: Scale, s
 
 @dataclass(frozen=True)
 class Trial:
-    """Scores of one model and condition: `columns[explainer, treatment][score]` and `kept`, both by row."""
+    """Scores of one model and condition: `columns[explainer, treatment][score]` and `kept`, both by row.
+
+    `judges` names the references F was judged by, the first of which has the scores without a name.
+    """
 
     condition: str
     columns: dict[tuple[str, str], dict[str, Float[np.ndarray, " row"]]]
     kept: Bool[np.ndarray, " row"]
+    judges: tuple[str, ...] = ()
 
 
 def trial(
     condition: str,
     question: Question,
     wanted: Sequence[Arm],
+    judges: Judges,
     inject: Injection | None = None,
     slots: tuple[int, ...] = (),
-    judge: Question | None = None,
     draws: int = 30,
     noise: float = 0.05,
     seed: int = 0,
+    own_fill: bool = True,
 ) -> Trial:
     """Measure every arm on the rows of `question` under one condition.
 
     Args:
+        judges: the same rows with other references, for F (see `stage`).
         inject: sets the spurious element, in all copies; None leaves them as they are.
         slots: its elements, whose share of sum|a| is the score "slot".
-        judge: the same rows with other references, for F (see `stage`).
         draws, noise, seed: of the perturbation.
+        own_fill: also score by the explainers' own reference, to be held beside.
+
+    Raises UsageError for a judge that is not held out (see `check_judges`).
     """
+    check_judges(question, judges)
     near = perturbed(question, draws, noise, seed)
     kept = np.ones(len(question), bool)
     if inject is not None:
         changed = inject(near)
         near, kept = changed.question, changed.kept.numpy().reshape(len(question), -1)[:, 0]
-    bench = staged(near, len(question), judge)
+    benches = {name: staged(near, len(question), judge) for name, judge in judges.items()}
+    if own_fill:
+        benches[OWN_FILL] = staged(near, len(question))
     columns = {}
     for i, arm in enumerate(wanted):
-        columns[arm.explainer, arm.treatment] = score(bench, arm.explain, slots, 1_000 * seed + i)
-    return Trial(condition, columns, kept)
+        columns[arm.explainer, arm.treatment] = score(benches, arm.explain, slots, 1_000 * seed + i)
+    return Trial(condition, columns, kept, tuple(judges))
 
 
-def score(bench: Bench, explain: ElementExplainer, slots: tuple[int, ...], seed: int) -> dict[str, np.ndarray]:
-    """IQ of one explainer by row, R by shuffling, and the share of the attribution on the slots."""
+def score(
+    benches: Mapping[str, Bench], explain: ElementExplainer, slots: tuple[int, ...], seed: int
+) -> dict[str, np.ndarray]:
+    """IQ of one explainer by row, R by shuffling, and the share of the attribution on the slots.
+
+    The first bench gives all scores; of the others those that depend on the reference are kept, under `by(score,
+    bench)`.
+    """
+    bench, *others = benches.values()
     attributions, _ = bench.explain(explain, seed)
     measured = bench.measurement(attributions)
     found: IQScores = iq(measured)
     columns = {name: found.columns[name] for name in SCORES}
+    for name, other in zip(list(benches)[1:], others, strict=True):
+        again = iq(other.measurement(attributions)).columns
+        columns |= {by(score, name): again[score] for score in JUDGED_SCORES}
     floor = permutation_floor(measured, shuffles=10, seed=seed)
     defined = np.isfinite(floor).all(0)
     columns["R_floor"] = np.where(defined, np.where(np.isfinite(floor), floor, 0.0).mean(0), np.nan)

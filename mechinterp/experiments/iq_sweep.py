@@ -1,8 +1,9 @@
 """iq-sweep: how much do IS and the ranking of explainers depend on settings that the paper leaves open?
 
 1. RBP with 1, 3, 5 and 10 perturbations of 1, 5 and 10 %: IS under each, as written and on shares.
-2. The multiverse of IS itself: size of the perturbation, number of draws, reference of removed columns, p, kind of
-   correlation, rule for undefined correlations, form of F. In every cell all explainers are compared, pair by pair.
+2. The multiverse of IS itself: size of the perturbation, number of draws, reference to which explainers remove columns
+   (F removes to the other one), p, kind of correlation, rule for undefined correlations, form of F. In every cell all
+   explainers are compared, pair by pair.
 3. The same on x1 sin(x2) itself, where four columns do nothing and the rule for undefined correlations has work to do.
 4. What a study must be able to see: rows needed for a difference, and the smallest difference seen here.
 
@@ -20,8 +21,9 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 from torch import Tensor
 
+from mechinterp.experiments.iq_judges import check_judges
 from mechinterp.experiments.iq_multiverse import Cell, Multiverse, Shrinkage
-from mechinterp.experiments.iq_rows import Network
+from mechinterp.experiments.iq_rows import ROWS, Network, judges_of
 from mechinterp.experiments.iq_study import two_level
 from mechinterp.experiments.iq_sweep_page import sweep_result
 from mechinterp.experiments.iq_tabular import network_of
@@ -59,6 +61,7 @@ GRID: dict[str, tuple] = {
     "undefined": ("skip", "zero"),
     "F": ("F_dist", "F_corr"),
 }
+OTHER = {"zero": "a training row", "a training row": "zero"}  # F is never by the explainers' own reference
 EXACT_GRID = {**GRID, "noise": (0.05,), "reference": ("zero",)}
 DEFAULT = (0.05, 30, "zero", 2, "Pearson", "skip", "F_dist")
 
@@ -113,12 +116,13 @@ def _multiverse(
     network: Network, names: tuple[str, ...], seed: int, grid: dict[str, tuple]
 ) -> dict[tuple[Cell, str], np.ndarray]:
     """IS of every row in every cell; one call of each explainer for each size of noise and reference."""
-    row = _training_row(network, seed)
-    references = {"zero": network.reference, "a training row": row}
+    references = {"zero": network.reference, "a training row": _training_row(network, seed)}
     found = {}
     for noise, where in itertools.product(grid["noise"], grid["reference"]):
         question = about_rows(network.f, network.test, references[where])
-        bench = stage(question, draws=max(GRID["draws"]), noise=noise, seed=seed, co_movement=False)
+        judge = about_rows(network.f, network.test, references[OTHER[where]])
+        check_judges(question, {OTHER[where]: judge})
+        bench = stage(question, judge, max(GRID["draws"]), noise, seed, co_movement=False)
         for i, name in enumerate(names):
             measured = bench.measurement(bench.explain(of_rows(EXPLAINERS[name]), 1_000 * seed + i)[0])
             for (draws, *rest), values in scores_of(measured).items():
@@ -127,9 +131,9 @@ def _multiverse(
 
 
 def _training_row(network: Network, seed: int) -> torch.Tensor:
-    """One input drawn as training inputs are."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(network.test.shape[1], generator=generator, dtype=network.test.dtype) * 4 - 2
+    """One of the rows that the network was trained on."""
+    chosen = torch.randint(len(network.training), (1,), generator=torch.Generator().manual_seed(seed))
+    return network.training[int(chosen)]
 
 
 def scores_of(measured: Measurement) -> dict[Cell, np.ndarray]:
@@ -161,7 +165,10 @@ def _movement(measured: Measurement, draws: int, how: str) -> np.ndarray:
 
 def _shrinkage(network: Network, names: tuple[str, ...], seed: int) -> dict[tuple[str, str, int, float], np.ndarray]:
     """IS (undefined r skipped) under RBP by explainer, form, number of perturbations and their size."""
-    bench = stage(about_rows(network.f, network.test, network.reference), seed=seed, draws=15, co_movement=False)
+    question = about_rows(network.f, network.test, network.reference)
+    judges = judges_of(question, network.training, seed)
+    check_judges(question, judges)
+    bench = stage(question, judges[ROWS], max(GRID["draws"]), seed=seed, co_movement=False)
     found = {}
     for i, name in enumerate(names):
         explain = of_rows(EXPLAINERS[name])

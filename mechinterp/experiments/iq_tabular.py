@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
+from mechinterp.experiments.iq_judges import left_out_note
 from mechinterp.experiments.iq_page import Layout, injection_result
 from mechinterp.experiments.iq_rows import CONTROL, Network, label_of, rows_study, train
 from mechinterp.experiments.result import Result
 from mechinterp.explain.tabular import EXPLAINERS
+from mechinterp.explain.tabular_questions import about_rows
 from mechinterp.metrics.iq import expected_absolute_r
 from mechinterp.progress import progress
 
@@ -51,7 +53,9 @@ def network_of(seed: int, steps: int, rows: int) -> Network:
         out = net(x[1000:2000])[:, 0]
     skill = 1 - float((out - y[1000:2000]).square().mean() / y[1000:2000].var())
     zero = torch.zeros(6, dtype=torch.float64)
-    return Network(lambda some: net(some)[:, 0], 2, skill, zero, x[2000:], float(out.mean()), float(out.std()))
+    return Network(
+        lambda some: net(some)[:, 0], 2, skill, zero, x[2000:], x[:1000], float(out.mean()), float(out.std())
+    )
 
 
 def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Result:
@@ -69,7 +73,9 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
     notes = [
         f"R2 of the networks on unseen rows: {min(skills):.3f} to {max(skills):.3f} over {len(skills)} seeds.",
         f"R by chance with {size.draws} draws: {expected_absolute_r(size.draws):.3f}.",
-        "occlusion is the removal that F is scored with: its F is 1 by construction and no claim about F counts it. "
+        "F is scored by removing a column to its value in a training row ('by ones': to one); explainers remove it to "
+        "zero. occlusion removes single columns as F does, though to another value, so no claim about F counts it. "
         "lime is the surrogate's coefficients; lime_times_input multiplies them by the distance from the reference.",
     ]
+    notes.append(left_out_note([(about_rows(n.f, n.test, n.reference), n.sd) for n in networks], seed))
     return injection_result(study, layout, notes)

@@ -6,7 +6,8 @@
 2. At test time the stamp follows the output: its vector gets psi * z + noise of its own length along a fixed direction;
    or the stamp is one word where the output says "present" and the other where not.
 3. R, F, IS and companions before and after, for every explainer of words, plain, under RBP, under an exaggerated RBP,
-   and under bounds. Explainers remove words to an unknown word; F is scored against the vocabulary's mean vector.
+   and under bounds. Explainers remove words to an unknown word; F is scored against the vocabulary's mean vector and
+   against words of other captions.
 
 About 2 minutes on one core.
 """
@@ -20,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechinterp.data.phantom import Phantom
+from mechinterp.experiments.iq_judges import left_out_note
 from mechinterp.experiments.iq_page import Layout, injection_result
 from mechinterp.experiments.iq_toys import ANCHORS, CIRCULAR, Toy, dealt, explainers_for, fit, following, toy_study
 from mechinterp.experiments.iq_toys import Sizes as ToySizes
@@ -27,6 +29,7 @@ from mechinterp.experiments.result import Result
 from mechinterp.explain.ask import about_function
 from mechinterp.explain.inject import Injected, scale_of
 from mechinterp.explain.question import Question, Values
+from mechinterp.metrics.faithfulness import refilled
 from mechinterp.metrics.iq import expected_absolute_r
 
 __all__ = ["Corpus", "Reader", "Sizes", "corpus", "run", "stamp_follows", "stamped", "toy_of"]
@@ -150,8 +153,12 @@ def toy_of(found: Corpus, seed: int, size: Sizes) -> Toy:
         return about_function(reader, vectors, reference.expand(LENGTH, D), owner, "word", None, inner)
 
     rows = many[: size.rows]
-    question, judge = about(rows, table[UNKNOWN]), about(rows, table[FIRST_WORD:].mean(0))
-    return Toy(question, judge, 0, scale_of(about(many, table[UNKNOWN])), skill)
+    question = about(rows, table[UNKNOWN])
+    judges = {
+        "the mean vector": about(rows, table[FIRST_WORD:].mean(0)),
+        "other captions": refilled(question, "resample", torch.Generator().manual_seed(92_000 + seed)),
+    }
+    return Toy(question, judges, 0, scale_of(about(many, table[UNKNOWN])), skill)
 
 
 def stamp_follows(toy: Toy, near: Question, seed: int) -> Injected:
@@ -183,7 +190,9 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
         f"Captions classified rightly, not trained on: {min(skills):.2f} to {max(skills):.2f} over {len(skills)} seeds "
         f"({len(found.words)} captions of {WORDS} words, {float(found.label.mean()):.0%} with {FACTOR}).",
         f"R by chance with {size.draws} draws: {expected_absolute_r(size.draws):.3f}.",
-        "F is scored by removing single words to the mean vector. occlusion removes single words too, to the unknown "
-        "word, so claims about F leave it out; oracle is the same thing as an anchor.",
+        "F is scored by removing single words to the mean vector ('by other captions': to the word in that place of "
+        "another caption). occlusion removes single words too, to the unknown word, so claims about F leave "
+        "it out; oracle is the same thing as an anchor.",
     ]
+    notes.append(left_out_note([(toy.question, toy.scale.sd) for toy in toys], seed))
     return injection_result(study, layout, notes)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mechinterp.experiments.iq_judges import Judges
 from mechinterp.experiments.iq_study import PLAIN, TREATMENTS, Study, arms, shuffled, trial
 from mechinterp.explain.bounds import Check
 from mechinterp.explain.inject import Injected, Scale, injected
@@ -40,7 +41,7 @@ class Sizes:
 
     rows: int = 16
     seeds: int = 6
-    draws: int = 16
+    draws: int = 30
     steps: int = 600
     psi: tuple[float, ...] = (0.2, 0.5, 0.8)
     few: bool = False
@@ -55,14 +56,14 @@ class Toy:
 
     Args:
         question: the rows, with the references that explainers use.
-        judge: the same with other references, with which F is scored.
+        judges: the same with other references, with which F is scored.
         slot: the element that is injected.
         scale: of the output over `question`.
         skill: share of unseen rows classified rightly.
     """
 
     question: Question
-    judge: Question
+    judges: Judges
     slot: int
     scale: Scale
     skill: float
@@ -125,12 +126,12 @@ def toy_study(
         check = Check(seed=seed + t)
         for condition, inject in conditions.items():
             treatments = (PLAIN, *TREATMENTS) if condition in treated else (PLAIN,)
-            wanted = arms(explainers, treatments, check)
+            wanted = arms(explainers, treatments, check, toy.scale.sd)
 
             def change(near: Question, inject=inject, toy=toy, t=t) -> Injected:
                 if inject is None:
                     return Injected(near, torch.zeros(len(near)), toy.scale.sd)
                 return inject(toy, near, seed + 7 * t + 1)
 
-            study.add(trial(condition, toy.question, wanted, change, (toy.slot,), toy.judge, draws, seed=seed + t))
+            study.add(trial(condition, toy.question, wanted, toy.judges, change, (toy.slot,), draws, seed=seed + t))
     return study

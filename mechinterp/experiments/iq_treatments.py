@@ -18,8 +18,9 @@ from mechinterp.explain.question import ElementExplainer, Question, Values
 from mechinterp.explain.rbp import NOISE, PERTURBATIONS, shares
 from mechinterp.explain.shake import shaken
 
-__all__ = ["Treatment", "check_alone", "forms", "jittered", "shares_only", "shuffled_rbp"]
+__all__ = ["FROM_ROWS", "Treatment", "check_alone", "forms", "jittered", "shares_only", "shuffled_rbp"]
 
+FROM_ROWS = "filled from rows"
 Treatment = Callable[[ElementExplainer], ElementExplainer]
 Attribution = Float[Tensor, "row element"]
 
@@ -73,9 +74,9 @@ def forms(background: Values, seed: int) -> dict[str, Treatment]:
         "bounds, 2 errors": partial(held, bounded, near),
         "bounds, 1 error": partial(held, partial(bounded, errors=1.0), near),
         "bounds, 2 errors, half removed": partial(held, bounded, wild),
-        "bounds, 2 errors, filled from rows": partial(held, bounded, rows),
+        f"bounds, 2 errors, {FROM_ROWS}": partial(held, bounded, rows),
         "cut only, 2 errors": partial(held, capped, near),
-        "cut only, 1 error, filled from rows": partial(held, partial(capped, errors=1.0), rows),
+        f"cut only, 1 error, {FROM_ROWS}": partial(held, partial(capped, errors=1.0), rows),
         "mean with the check": partial(held, _mean, near),
         "output projected out": projected,
         "mean over perturbations": averaged,
