@@ -142,10 +142,11 @@ class Lab:
         seen: dict[str, dict[str, Tensor]] = {}
         results: dict[str, Tensor] = {}
         reads = {str(self.dictionary(f).reads) for f in self._features}
+        writes = {str(placed.writes) for placed in self.placed.values()}
         with torch.enable_grad():
             for leg in self.legs:
                 points[leg.name], seen[leg.name] = {}, {}
-                sites = [n for n in self.clean[leg.name] if n.endswith("hook_mlp_out")]
+                sites = [name for name in self.clean[leg.name] if name in writes]
                 here = reads & self.clean[leg.name].keys()
                 hooks = leaves(sites, points[leg.name]) + keep(here, seen[leg.name], gradient=True)
                 with self.model.hooks(fwd_hooks=hooks):

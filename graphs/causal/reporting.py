@@ -112,8 +112,15 @@ def report(
         n_random: matched random sets.
         seed: of all draws.
 
-    Raises UsageError when the graph has no features to change.
+    Raises UsageError when the graph has no features to change, and for SAEs: the report holds what MLPs write.
     """
+    for placed in lab.placed.values():
+        if placed.reads == placed.writes:
+            raise UsageError(
+                "the report holds MLP outputs, and an SAE stands in the stream",
+                where=str(placed.reads),
+                hint="test a graph of transcoders; for SAEs there are node_effects, curve and suppress, one by one",
+            )
     nodes = graph.nodes.is_type(NodeType.FEATURE).nonzero()[:, 0]
     strength = influence(graph).numpy()
     moved = np.array([i for i in nodes.tolist() if strength[i] > REACH])
