@@ -1,16 +1,17 @@
-"""The causal report and what it is made of: which graphs it takes."""
+"""The causal report and what it is made of: which graphs it takes, and that a seed means one sample."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from test_graphs_causal import some_features
+from test_graphs_causal import scene, some_features
 from tiny_models import tiny
 
 from graphs.build import build_graph
 from graphs.causal.changes import features_of, scaled
 from graphs.causal.lab import Lab
-from graphs.causal.ranking import node_effects
+from graphs.causal.ranking import node_effects, rankings
 from graphs.causal.reporting import report
 from graphs.frozen import freeze, in_dtype
 from graphs.targets import Logit
@@ -44,3 +45,14 @@ def test_saes_have_effects_and_gradients_but_no_report():
     assert samples["active"] == 30 and told["active"]["gradient x activation"] > 0.5
     with pytest.raises(UsageError, match=r"an SAE stands in the stream.*transcoders"):
         report(lab, graph)
+
+
+def test_one_seed_is_one_sample_in_a_report_and_without():
+    """Rankings that are known already do not change which features are drawn."""
+    _, lab, graph = scene("vit")
+    alone = node_effects(lab, graph, 25, seed=3)
+    known = rankings(lab, graph, np.random.default_rng(3))
+    assert node_effects(lab, graph, 25, seed=3, known=known) == alone
+    found = report(lab, graph, n_nodes=25, n_sources=4, n_watched=8, n_top=3, n_random=4, seed=3)
+    assert (found.node_spearman, found.samples) == alone
+    assert node_effects(lab, graph, 25, seed=4)[0]["active"] != alone[0]["active"]

@@ -30,11 +30,13 @@ def node_effects(
 
     Samples: "active", drawn from all active features with influence (those that cannot reach the output are left out,
     being predicted without effort); "pruned", the most influential of the pruned graph, at most `n_nodes`; and the part
-    of each that lies in one tower ("active, vision").
+    of each that lies in one tower ("active, vision"). `known` are the `rankings`, where they have been made already; a
+    seed means the same sample with them and without.
     """
-    draws = np.random.default_rng(seed)
     strength = influence(graph).numpy()
-    scores = known or rankings(lab, graph, draws)
+    scores = rankings(lab, graph, np.random.default_rng(seed)) if known is None else known
+    draws = np.random.default_rng(seed)
+    draws.random(len(graph.nodes))  # those of the random ranking: with rankings known or not, the sample is the same
     nodes = graph.nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].numpy()
     moved = nodes[strength[nodes] > REACH]
     pruned = {graph.nodes.index(name) for name in prune(graph).nodes.ids}
