@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
+from mechinterp.errors import UsageError
 from mechinterp.types import Placed, Target
 
-__all__ = ["Contrast", "Feature", "Logit", "Output", "ReportToken", "Similarity", "TokenLogit"]
+__all__ = [
+    "Contrast",
+    "Feature",
+    "Logit",
+    "Output",
+    "ReportToken",
+    "SetContrast",
+    "Similarity",
+    "TokenLogit",
+    "terms_of",
+]
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,36 @@ class Similarity:
     """Scaled cosine of the image with `target.positive` alone (dual encoders), logit bias included."""
 
     target: Target
+
+
+@dataclass(frozen=True)
+class SetContrast:
+    """A target's caption against the mean of a set of captions (dual encoders).
+
+    The set is `target.positive` and every caption of `against`, each counted once; `target.negative` plays no part.
+    With `t_j` the embedding of caption `j`, `u_j = t_j / |t_j|`, and the image's `f`, the value is
+    `exp(logit_scale) f / |f| . (u_k - mean_j u_j)`: the target's scaled cosine less the mean of the scaled cosines of
+    the whole set, itself included. Each embedding is normalised by itself, and their mean is not normalised again. A
+    logit bias falls out. The mean over the set that is taken off is what all its captions share.
+
+    Raises UsageError where the set has fewer than two captions, or an empty one.
+    """
+
+    target: Target
+    against: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not all(caption.strip() for caption in self.captions):
+            raise UsageError(
+                "an empty caption", where="SetContrast.against", hint="captions, such as a list of findings"
+            )
+        if len(self.captions) < 2:
+            raise UsageError("a set of one caption has no contrast", where="SetContrast.against", hint="name another")
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The set, the target's caption first."""
+        return tuple(dict.fromkeys((self.target.positive, *self.against)))
 
 
 @dataclass(frozen=True)
@@ -82,4 +124,24 @@ class Feature:
     placed: Placed
 
 
-Output = Contrast | Similarity | Logit | TokenLogit | ReportToken | Feature
+Output = Contrast | Similarity | SetContrast | Logit | TokenLogit | ReportToken | Feature
+
+
+def terms_of(output: Contrast | Similarity | SetContrast) -> tuple[tuple[float, str], ...]:
+    """The captions of a dual encoder's output, each with the factor of its scaled cosine; the target's comes first.
+
+    Raises UsageError for a contrast without a negative caption.
+    """
+    target = output.target
+    match output:
+        case Similarity():
+            return ((1.0, target.positive),)
+        case Contrast():
+            if target.negative is None:
+                raise UsageError(f"target {target.name!r} has no negative caption", hint="explain its Similarity")
+            return (1.0, target.positive), (-1.0, target.negative)
+        case SetContrast(captions=captions):
+            share = 1 / len(captions)
+            return (1.0 - share, captions[0]), *((-share, caption) for caption in captions[1:])
+        case _:
+            assert_never(output)

@@ -135,7 +135,7 @@ def _questions(command: Command) -> None:
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--image", type=Path, required=True, metavar="FILE")
     sub.add_argument("--target", required=True, metavar="TEXT", help="a finding, a prompt, or a question")
-    sub.add_argument("--against", metavar="TEXT", help="the prompt to contrast with")
+    sub.add_argument("--against", metavar="TEXT", help="the prompt to contrast with; a set: several, with ; between")
     sub.add_argument("--data", metavar="DATA", help="images for the pictures of features (default: a phantom)")
     sub.add_argument("--max-features", type=int, default=1500, metavar="N", help="trace the N most influential (1500)")
     sub.add_argument("--mode", default="transcoder", choices=["transcoder", "sae"], help="sae: of the residual stream")

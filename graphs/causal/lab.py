@@ -87,7 +87,7 @@ class Lab:
                 self._results[leg.name] = leg.run(1)
         self._features = [FeatureAt(o.tower, o.layer, o.pos, o.index) for o in self.outputs if isinstance(o, Feature)]
         pre, _ = self._watched(self._features, self.clean, 1)
-        self.values = self._read(self._results, pre, 1)[0]
+        self.values = self._read(self._results, pre, 1)[0].detach()
 
     def dictionary(self, feature: FeatureAt) -> Placed:
         """The dictionary that a feature belongs to. Raises UsageError when there is none at its block."""

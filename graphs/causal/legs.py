@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from graphs.frozen.generative import plans_of
-from graphs.targets import Contrast, Feature, Logit, Output, ReportToken, Similarity, TokenLogit
+from graphs.targets import Contrast, Feature, Logit, Output, ReportToken, SetContrast, Similarity, TokenLogit, terms_of
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM, heads
 from mechinterp.models.tables import Classifier, Dual, Features, Generative
@@ -47,9 +47,8 @@ def captions_of(outputs: Sequence[Output]) -> tuple[str, ...]:
     """The captions of a dual encoder's outputs, in the order of the text stacks of a frozen pass."""
     found: list[str] = []
     for output in outputs:
-        if isinstance(output, Contrast | Similarity):
-            texts = (output.target.positive, output.target.negative if isinstance(output, Contrast) else None)
-            found += [text for text in texts if text is not None]
+        if isinstance(output, Contrast | Similarity | SetContrast):
+            found += [caption for _, caption in terms_of(output)]
     return tuple(dict.fromkeys(found))
 
 
@@ -122,23 +121,24 @@ def read_outputs(
         plans = legs[0].plans
         logits = results[legs[0].name]
         return [_logit(logits[:, i], plan.plus, plan.minus, plan.demeaned) for i, plan in enumerate(plans)]
-    return [_read(model, output, captions_of(outputs), results) for output in asked]
+    captions = captions_of(outputs) if isinstance(model.table.head, Dual) else ()
+    return [_read(model, output, captions, results) for output in asked]
 
 
 def _read(model: HookedVLM, output: Output, captions: tuple[str, ...], results: Results) -> Float[Tensor, " row"]:
     head = model.table.head
     match output:
-        case Contrast(target) | Similarity(target) if isinstance(head, Dual):
+        case Contrast() | Similarity() | SetContrast() if isinstance(head, Dual):
             towers = dict(zip(captions, text_towers(captions), strict=True))
-            value = _cosine(model, results["vision"], results[towers[target.positive]])
-            if isinstance(output, Similarity) or target.negative is None:
-                return value
-            return value - _cosine(model, results["vision"], results[towers[target.negative]])
+            cosines = [
+                sign * _cosine(model, results["vision"], results[towers[caption]]) for sign, caption in terms_of(output)
+            ]
+            return torch.stack(torch.broadcast_tensors(*cosines)).sum(0)
         case Contrast(target) if isinstance(head, Classifier):
             return heads.class_scores(model.hf, results["vision"], target)
         case Logit(target, demeaned) if isinstance(head, Classifier):
             return _logit(results["vision"], heads.class_index(model.hf, target), None, demeaned)
-        case Contrast() | Similarity() | Logit() | TokenLogit() | ReportToken() | Feature():
+        case Contrast() | Similarity() | SetContrast() | Logit() | TokenLogit() | ReportToken() | Feature():
             raise UsageError(f"{type(output).__name__} is no output of a {model.family} model", where="outputs")
         case _:
             assert_never(output)

@@ -20,8 +20,7 @@ from graphs.frozen.capture import Cache, recording, tower_module
 from graphs.frozen.inputs import image_inputs, image_labels, word_inputs, words_of
 from graphs.frozen.parts import FrozenMLP, Readout, Stack
 from graphs.frozen.readouts import Head, PooledHead, RowHead
-from graphs.targets import Contrast, Similarity
-from mechinterp.errors import UsageError
+from graphs.targets import Contrast, SetContrast, Similarity, terms_of
 from mechinterp.models.gates import gate_of
 from mechinterp.models.heads import cosine_scores
 from mechinterp.models.hooked import HookedVLM
@@ -32,13 +31,17 @@ from mechinterp.types import ImageTextBatch
 
 __all__ = ["freeze_dual"]
 
+Scored = Contrast | Similarity | SetContrast
+KINDS = {Contrast: "contrast", Similarity: "similarity", SetContrast: "contrast with a set"}
+"""What `graph.json` calls them."""
+
 
 def freeze_dual(
-    model: HookedVLM, batch: ImageTextBatch, outputs: Sequence[Contrast | Similarity]
+    model: HookedVLM, batch: ImageTextBatch, outputs: Sequence[Scored]
 ) -> tuple[list[Stack], list[Readout]]:
     """Stacks and readouts of a dual encoder: for each output the image half, and the text half caption by caption."""
-    pairs = [_captions(output) for output in outputs]
-    captions = list(dict.fromkeys(text for pair in pairs for text in pair if text is not None))
+    asked = [terms_of(output) for output in outputs]
+    captions = list(dict.fromkeys(caption for terms in asked for _, caption in terms))
     runs, texts = [], []
     with recording(model, ("vision", "text")) as cache:
         image = model.encode_image(batch)[0]
@@ -54,39 +57,30 @@ def freeze_dual(
     where = {caption: i + 1 for i, caption in enumerate(captions)}
     readouts = [
         readout
-        for output, pair in zip(outputs, pairs, strict=True)
-        for readout in _halves(model, output, [(1.0, pair[0]), (-1.0, pair[1])], where, heads, image, texts)
+        for output, terms in zip(outputs, asked, strict=True)
+        for readout in _halves(model, output, terms, where, heads, image, texts)
     ]
     return stacks, readouts
 
 
-def _captions(output: Contrast | Similarity) -> tuple[str, str | None]:
-    target = output.target
-    if isinstance(output, Similarity):
-        return target.positive, None
-    if target.negative is None:
-        raise UsageError(f"target {target.name!r} has no negative caption", hint="explain its Similarity")
-    return target.positive, target.negative
-
-
 def _halves(
     model: HookedVLM,
-    output: Contrast | Similarity,
-    signed: Sequence[tuple[float, str | None]],
+    output: Scored,
+    signed: Sequence[tuple[float, str]],
     where: dict[str, int],
     heads: Sequence[Head],
     image: Float[Tensor, " d_out"],
     texts: Sequence[Float[Tensor, " d_out"]],
 ) -> list[Readout]:
     """The image half, and a text readout for each caption; `weight * value` of both halves together is the score."""
-    terms = [(sign, where[caption], caption) for sign, caption in signed if caption is not None]
+    terms = [(sign, where[caption], caption) for sign, caption in signed]
     hf: Any = model.hf
     scale = float(hf.logit_scale.detach().double().exp())
     bias = float(hf.logit_bias.detach()) if hasattr(hf, "logit_bias") else 0.0
     towards = [texts[i - 1] / texts[i - 1].norm() for _, i, _ in terms]
     with torch.no_grad():
         values = cosine_scores(hf, image[None], torch.stack(towards))[0].tolist()
-    kind, name = ("similarity" if len(terms) == 1 else "contrast"), output.target.name
+    kind, name = KINDS[type(output)], output.target.name
     direction = sum((sign * unit for (sign, _, _), unit in zip(terms, towards, strict=True)), torch.zeros_like(image))
     seed, constant = heads[0].pull(direction * (scale / image.norm()))
     offset = bias * sum(sign for sign, _, _ in terms)

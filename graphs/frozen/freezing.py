@@ -13,7 +13,7 @@ from graphs.frozen.dual import freeze_dual
 from graphs.frozen.generative import freeze_generative
 from graphs.frozen.parts import FrozenPass, Stack
 from graphs.frozen.readouts import feature_readouts
-from graphs.targets import Contrast, Feature, Logit, Output, ReportToken, Similarity, TokenLogit
+from graphs.targets import Contrast, Feature, Logit, Output, ReportToken, SetContrast, Similarity, TokenLogit
 from mechinterp.errors import UsageError
 from mechinterp.models.hooked import HookedVLM
 from mechinterp.models.tables import Classifier, Dual, Features, Generative
@@ -48,7 +48,7 @@ def freeze(
     others = [output for output in outputs if not isinstance(output, Feature)]
     match model.table.head:
         case Dual():
-            stacks, readouts = freeze_dual(model, batch, _only(model, others, (Contrast, Similarity)))
+            stacks, readouts = freeze_dual(model, batch, _only(model, others, (Contrast, Similarity, SetContrast)))
         case Generative():
             wanted = _only(model, others, (Contrast, Logit, TokenLogit, ReportToken))
             stacks, readouts = freeze_generative(model, batch, wanted)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mechinterp.audit.dictionary import stream_saes_of, train_transcoders, transcoders_of
 from mechinterp.audit.feature_names import stored_names
 from mechinterp.audit.graph_pictures import gallery_of
-from mechinterp.audit.graphing import BUDGET, EFFECTS, ImageGraph, graph_of, output_of, target_of
+from mechinterp.audit.graphing import BUDGET, EFFECTS, ImageGraph, asked_for, graph_of
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
 from mechinterp.storage import discard_earlier, write_json
@@ -33,7 +33,7 @@ class Wishes:
     """What is asked of one graph; see the command's help for each.
 
     Attributes:
-        target, against: texts.
+        target, against: texts; several captions in `against`, separated by ";", are a prompt set.
         max_features, node, edge, mode: see `graph_of`.
         paths: how many paths to write.
         attention: how many attention scores to take apart.
@@ -75,10 +75,11 @@ def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data
             raise UsageError(f"is {value}", where=name, hint="a number of things to show, 0 for none")
     if wishes.mode == "sae" and (wishes.causal or wishes.suppress):
         raise UsageError("interventions are on what an MLP writes", where="--mode sae", hint="test transcoder graphs")
-    pixels, target = load_image(image), target_of(model, wishes.target, wishes.against)
+    pixels = load_image(image)
+    target, output = asked_for(model, wishes.target, wishes.against)
     placed = _dictionaries(model, wishes, data)
     sizes = (wishes.max_features, wishes.node, wishes.edge, wishes.mode)
-    made = graph_of(model, pixels, target, placed, image.name, *sizes)
+    made = graph_of(model, pixels, target, placed, image.name, *sizes, output=output)
     names = stored_names(model)
     groups = _named(made.pruned, suggest(made.pruned, placed), names)
     lines = _said(made)
@@ -279,7 +280,7 @@ def _tested(made: ImageGraph, wishes: Wishes, chosen: Sequence[int] | None, out:
     from graphs.causal import Lab, draw_suppression, predicted, report, suppress
     from graphs.nodes import NodeType
 
-    lab = Lab(made.model, made.batch, made.dictionaries, [output_of(made.model, made.target)], made.frozen)
+    lab = Lab(made.model, made.batch, made.dictionaries, [made.output], made.frozen)
     written: dict[str, Any] = {}
     lines: list[str] = []
     if wishes.causal:

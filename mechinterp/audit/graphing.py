@@ -18,7 +18,7 @@ from mechinterp.data.phantom.language import prompts
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled_folder
-from mechinterp.models.tables import Classifier, Dual, Features
+from mechinterp.models.tables import Classifier, Dual, Features, Generative
 from mechinterp.types import ImageTextBatch, Placed, Target
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mechinterp.audit.evidence import Evidence
     from mechinterp.data import ImageData
 
-__all__ = ["ImageGraph", "graph_of", "graph_section", "output_of", "seen_by", "target_of"]
+__all__ = ["ImageGraph", "asked_for", "graph_of", "graph_section", "output_of", "seen_by", "target_of"]
 
 BUDGET = 1500  # features whose causes are computed: the most influential; the others stay as unexplained sources
 EFFECTS = 100  # features ablated, for each image of an audit
@@ -44,6 +44,7 @@ class ImageGraph:
     model: HookedVLM
     batch: ImageTextBatch
     target: Target
+    output: Output
     dictionaries: Sequence[Placed]
     frozen: Any
     whole: AttributionGraph
@@ -61,6 +62,7 @@ def graph_of(
     node: float = 0.8,
     edge: float = 0.98,
     mode: Mode = "transcoder",
+    output: Output | None = None,
 ) -> ImageGraph:
     """Trace `target` on one image.
 
@@ -71,6 +73,7 @@ def graph_of(
         max_features: budget of features whose causes are computed, best first; None for all.
         node, edge: shares of the influence that pruning keeps.
         mode: what the dictionaries are.
+        output: what is explained; None for the score of `target`.
 
     Raises UsageError for a model that scores nothing, CertificateError when the graph does not add up.
     """
@@ -81,10 +84,11 @@ def graph_of(
     if isinstance(model.table.head, Features):
         raise UsageError(f"a {model.family} model scores nothing", where="graph", hint="trace a feature from Python")
     batch = model.prepare(pixels[None], [target], ids=(name,))
-    frozen = freeze(model, batch, [output_of(model, target)])
+    output = output or output_of(model, target)
+    frozen = freeze(model, batch, [output])
     whole = build_graph(frozen, dictionaries, max_features=max_features, mode=mode)
     pruned, image = prune(whole, node, edge), seen_by(model, batch)
-    return ImageGraph(model, batch, target, dictionaries, frozen, whole, pruned, image)
+    return ImageGraph(model, batch, target, output, dictionaries, frozen, whole, pruned, image)
 
 
 def output_of(model: HookedVLM, target: Target) -> Output:
@@ -93,6 +97,26 @@ def output_of(model: HookedVLM, target: Target) -> Output:
 
     alone = isinstance(model.table.head, Dual) and target.negative is None
     return Similarity(target) if alone else Contrast(target)
+
+
+def asked_for(model: HookedVLM, text: str, against: str | None = None) -> tuple[Target, Output]:
+    """The target and the output of `--target TEXT [--against TEXT]`: `target_of` and `output_of`, or a prompt set.
+
+    Several captions in `against`, separated by ";", are a set with the target's own: a dual encoder's image is then
+    explained against the mean of the set (`graphs.targets.SetContrast`), and the target stands alone. Raises UsageError
+    for a set of a generative model.
+    """
+    from graphs.targets import SetContrast
+
+    parts = [part.strip() for part in (against or "").split(";")]
+    if len(parts) > 1 and isinstance(model.table.head, Dual):
+        target = Target(text, text)
+        return target, SetContrast(target, tuple(parts))
+    if len(parts) > 1 and isinstance(model.table.head, Generative):
+        hint = "take a CLIP or SigLIP model, or one text"
+        raise UsageError(f"a {model.family} model has no captions to hold against", where="--against", hint=hint)
+    target = target_of(model, text, against)
+    return target, output_of(model, target)
 
 
 def seen_by(model: HookedVLM, batch: ImageTextBatch) -> Float[np.ndarray, "height width"]:
