@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechinterp.errors import UsageError
-from mechinterp.explain import tabular
-from mechinterp.explain.rbp import rbp, shapley_rbp, with_rbp_rows
+from mechinterp.explain import anchors, tabular
+from mechinterp.explain.rbp import rbp, shapley_rbp, shares, with_rbp_rows
 from mechinterp.explain.tabular import EXPLAINERS
+from mechinterp.explain.tabular_questions import about_rows
 from mechinterp.metrics.iq import Measurement, expected_absolute_r, iq, permutation_floor, psc
+from mechinterp.metrics.iq.ask import measure_question
 from mechinterp.metrics.iq.measure import measure_rows
 from mechinterp.metrics.iq.scores import inversion
 
@@ -150,7 +153,7 @@ def test_every_degenerate_sample_says_what_is_wrong():
         Measurement.__post_init__(SimpleNamespace(**fields, effect=effect[:, :2]))
 
 
-def given(n: int = 3, draws: int = 12, elements: int = 4) -> dict[str, np.ndarray]:
+def fields_of(n: int = 3, draws: int = 12, elements: int = 4) -> dict[str, Any]:
     """Fields of a Measurement without any degenerate sample; the last element has no effect."""
     rng = np.random.default_rng(5)
     shapes = {
@@ -169,7 +172,7 @@ def given(n: int = 3, draws: int = 12, elements: int = 4) -> dict[str, np.ndarra
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_one_effect_that_is_not_finite_takes_its_sample_out_and_no_other(bad):
     """A broken effect at a perturbed input gives a status and no number; it must not count as a true effect of 0."""
-    fields = given()
+    fields = fields_of()
     whole = iq(Measurement(**fields))
     fields["effects"][1, 4, 2] = bad
     found = iq(Measurement(**fields))
@@ -181,13 +184,55 @@ def test_one_effect_that_is_not_finite_takes_its_sample_out_and_no_other(bad):
 
 def test_without_effects_or_attributions_there_are_no_shares_to_compare():
     """Where all effects, or all attributions, are 0, F and IS are undefined and a status says so; R is as it was."""
-    fields = given()
+    fields = fields_of()
     whole = iq(Measurement(**fields))
     fields["effect"][1], fields["attribution"][2] = 0.0, 0.0
     found = iq(Measurement(**fields))
     assert found.status == ("ok", "no_effect", "zero_attr")
     assert np.isnan(found.F_dist[1:]).all() and np.isnan(found.F_corr[1:]).all() and np.isnan(found.IS[2][1:]).all()
     assert found.R[1] == whole.R[1] and np.isfinite(found.R[2]) and (found.coverage == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [6, 196])
+def test_a_map_that_is_fixed_but_for_rounding_is_constant_in_every_type(dtype, columns):
+    """An echo scaled to sum|a| = 1 never moves: const_attr, and no R, in single precision as in double."""
+    x = rows(10)[:, :1].expand(-1, columns).to(dtype) + 30
+    shares_of_echo = {"echo": lambda *asked: shares(tabular.echo(*asked))}
+    found = iq(measure_rows(lambda x: x.sum(1), shares_of_echo, x, x.new_zeros(columns))["echo"])
+    assert set(found.status) == {"const_attr"} and np.isnan(found.R).all() and (found.coverage == 0).all()
+
+
+def test_questions_say_to_which_type_their_scores_are_rounded():
+    """The same fixed map, through a Question in single precision."""
+    x = rows(10).float() + 30
+    question = about_rows(lambda x: x.sum(1), x, x.new_zeros(6))
+    found = measure_question(question, {"echo": lambda q, g: shares(anchors.echo(q, g))}, draws=8)["echo"]
+    assert found.eps == torch.finfo(torch.float32).eps and set(iq(found).status) == {"const_attr"}
+    assert np.isnan(permutation_floor(found, 3)).all() and np.isnan(psc(found)).all()
+
+
+def test_an_output_that_is_fixed_but_for_rounding_is_constant():
+    """Scores that differ by their last bit in single precision are const_output there, and move in double."""
+    fields = fields_of()
+    fields["output"], fields["outputs"] = np.full(3, 8.0), 8.0 + 1e-6 * np.sign(fields["outputs"])
+    assert set(iq(Measurement(**fields, eps=float(np.finfo(np.float32).eps))).status) == {"const_output"}
+    assert set(iq(Measurement(**fields)).status) == {"ok"}
+
+
+@given(
+    variation=st.floats(1.0001e-4, 1e-2),
+    size=st.floats(1e-6, 1e6),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_no_map_that_varies_by_more_than_one_part_in_ten_thousand_is_called_constant(variation, size, dtype):
+    """Whatever its size, and whatever type it was computed in."""
+    fields = fields_of()
+    wave = np.where(np.arange(12) % 2, 1.0, -1.0)
+    fields["attribution"], fields["attributions"] = np.full((3, 4), size), np.full((3, 12, 4), size)
+    fields["attribution"][:, 0], fields["attributions"][..., 0] = size / 2, size * (0.5 + variation * wave)
+    found = iq(Measurement(**fields, eps=torch.finfo(dtype).eps))
+    assert found.status == ("ok",) * 3 and np.allclose(found.coverage, 1 / 4)
 
 
 def test_prediction_saliency_correlation_likes_what_reliance_dislikes(scored):

@@ -42,11 +42,11 @@ def measure_rows(
     with torch.no_grad():
         output = _numpy(f(flat)).reshape(len(x), -1)
     effect = _numpy(effects(f, both, reference))
-    found = {}
+    found, eps = {}, torch.finfo(x.dtype).eps
     for i, (name, explain) in enumerate(explainers.items()):
         generator = torch.Generator().manual_seed(seed * 1_000 + i)
         a = _numpy(explain(f, flat, reference, generator)).reshape(effect.shape)
-        found[name] = Measurement(a[:, 0], output[:, 0], a[:, 1:], output[:, 1:], effect[:, 0], effect[:, 1:])
+        found[name] = Measurement(a[:, 0], output[:, 0], a[:, 1:], output[:, 1:], effect[:, 0], effect[:, 1:], eps=eps)
     return found
 
 

@@ -26,7 +26,7 @@ def permutation_floor(measured: Measurement, shuffles: int = 100, seed: int = 0)
     dy = measured.outputs - measured.output[:, None]
     floor = np.empty((shuffles, len(dy)))
     for i in range(shuffles):
-        r = np.abs(movement(change, rng.permuted(dy, axis=1), measured.attributions))
+        r = np.abs(movement(change, rng.permuted(dy, axis=1), measured.attributions, measured.eps))
         defined = np.isfinite(r)
         count = defined.sum(1)
         floor[i] = np.divide(np.where(defined, r, 0).sum(1), count, out=np.full(len(dy), np.nan), where=count > 0)

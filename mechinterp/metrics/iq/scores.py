@@ -30,7 +30,17 @@ __all__ = ["READING", "IQScores", "Measurement", "Status", "inversion", "iq", "m
 READING = "iq-reading-1"
 Status = Literal["ok", "const_attr", "const_output", "too_few", "nonfinite", "zero_attr", "no_effect"]
 LEAST_DRAWS = 3
-CONSTANT = 1e-9  # of the largest absolute value: a smaller spread is rounding
+CONSTANT = 1e-9  # of the largest absolute value: a smaller spread is rounding, in double precision
+ULPS, CAP = 16, 1e-4  # maps that are fixed but for rounding spread by less than one; a real map by more than the cap
+DOUBLE = float(np.finfo(np.float64).eps)
+
+
+def still_below(eps: float) -> float:
+    """The share of the largest absolute value below which a spread is rounding, where numbers are rounded to `eps`.
+
+    1e-9 in float64, 2e-6 in float32; never above 1e-4, so that half precision makes no real map a constant one.
+    """
+    return min(max(CONSTANT, ULPS * eps), CAP)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class Measurement:
         effect: `[sample, element]`, output minus output with the element at its reference.
         effects: `[sample, draw, element]`, the same at the perturbed inputs; None: R_excess is nan.
         tolerance: an effect below this share of the sample's largest absolute effect counts as none, for R_null.
+        eps: to which the numbers were rounded when they were computed, whatever they are kept in, such as
+            `torch.finfo(torch.float32).eps`. It decides what is constant (`still_below`).
     """
 
     attribution: Float[np.ndarray, "sample element"]
@@ -54,6 +66,7 @@ class Measurement:
     effect: Float[np.ndarray, "sample element"]
     effects: Float[np.ndarray, "sample draw element"] | None = None
     tolerance: float = 1e-6
+    eps: float = DOUBLE
 
     def __post_init__(self):
         samples, draws, elements = self.attributions.shape
@@ -105,14 +118,14 @@ class IQScores:
 def iq(measured: Measurement, powers: tuple[int, ...] = (1, 2, 4)) -> IQScores:
     """Scores of every sample (see the module). `powers` are the p of IS."""
     dy = measured.outputs - measured.output[:, None]
-    r = movement(measured.attributions - measured.attribution[:, None], dy, measured.attributions)
+    r = movement(measured.attributions - measured.attribution[:, None], dy, measured.attributions, measured.eps)
     status = _status(measured, r)
     broken = np.isin(status, ["nonfinite", "too_few", "const_output"])
     defined = np.isfinite(r)
     coverage = np.where(broken, np.nan, defined.mean(1))
     R_zero = np.where(broken, np.nan, np.nan_to_num(np.abs(r)).mean(1))
     R = np.where(broken, np.nan, _mean(np.abs(r), defined))
-    F_corr, F_dist = _alignment(measured.attribution, measured.effect)
+    F_corr, F_dist = _alignment(measured.attribution, measured.effect, still_below(measured.eps))
     unreadable = np.asarray(status) == "nonfinite"
     F_corr, F_dist = np.where(unreadable, np.nan, F_corr), np.where(unreadable, np.nan, F_dist)
     R_null, R_excess = _companions(measured, r, dy)
@@ -143,20 +156,21 @@ def movement(
     change: Float[np.ndarray, "sample draw element"],
     dy: Float[np.ndarray, "sample draw"],
     values: Float[np.ndarray, "sample draw element"] | None = None,
+    eps: float = DOUBLE,
 ) -> Float[np.ndarray, "sample element"]:
     """Pearson correlation over draws of each element's change with the output's; nan where either does not move.
 
-    "Does not move" is a spread below 1e-9 of the largest absolute value (of `values`, if given): the correlation of
-    nearly constant numbers is rounding.
+    "Does not move" is a spread below `still_below(eps)` of the largest absolute value (of `values`, if given): the
+    correlation of nearly constant numbers is rounding.
     """
+    least = still_below(eps)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         a = change - change.mean(1, keepdims=True)
         y = dy - dy.mean(1, keepdims=True)
         size = np.abs(change if values is None else values).max((1, 2), initial=0.0)
         spread_a, spread_y = np.sqrt((a**2).mean(1)), np.sqrt((y**2).mean(1))
-        still = (spread_a <= CONSTANT * size[:, None]) | (spread_y <= CONSTANT * np.abs(dy).max(1, initial=0.0))[
-            :, None
-        ]
+        fixed = spread_y <= CONSTANT * np.abs(dy).max(1, initial=0.0)
+        still = (spread_a <= least * size[:, None]) | fixed[:, None]
         r = np.einsum("ske,sk->se", a, y) / len(dy[0]) / (spread_a * spread_y[:, None])
     return np.where(still, np.nan, np.clip(r, -1, 1))
 
@@ -175,7 +189,7 @@ def psc(measured: Measurement) -> Float[np.ndarray, " sample"]:
 
     moved = np.abs(scaled(measured.attributions) - scaled(measured.attribution)[:, None]).sum(-1)
     dy = np.abs(measured.outputs - measured.output[:, None])
-    return movement(moved[..., None], dy, np.ones_like(moved)[..., None])[:, 0]  # maps are of size 1
+    return movement(moved[..., None], dy, np.ones_like(moved)[..., None], measured.eps)[:, 0]  # maps are of size 1
 
 
 def _status(measured: Measurement, r: np.ndarray) -> tuple[Status, ...]:
@@ -183,13 +197,15 @@ def _status(measured: Measurement, r: np.ndarray) -> tuple[Status, ...]:
     arrays += () if measured.effects is None else (measured.effects,)
     finite = np.all([np.isfinite(a).reshape(len(a), -1).all(1) for a in arrays], axis=0)
     dy = measured.outputs - measured.output[:, None]
+    with np.errstate(invalid="ignore"):
+        fixed = dy.std(1) <= still_below(measured.eps) * np.abs(measured.outputs).max(1, initial=0.0)
     found: list[Status] = []
     for i in range(len(r)):
         if not finite[i]:
             found.append("nonfinite")
         elif measured.outputs.shape[1] < LEAST_DRAWS:
             found.append("too_few")
-        elif np.std(dy[i]) <= CONSTANT * np.abs(dy[i]).max():
+        elif fixed[i] or np.std(dy[i]) <= CONSTANT * np.abs(dy[i]).max():
             found.append("const_output")
         elif not np.isfinite(r[i]).any():
             found.append("const_attr")
@@ -209,13 +225,13 @@ def _mean(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _alignment(a: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _alignment(a: np.ndarray, e: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
     """F_corr and F_dist of each sample; nan for a constant attribution or effect, or one that is all 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         ac, ec = a - a.mean(1, keepdims=True), e - e.mean(1, keepdims=True)
         norms = np.sqrt((ac**2).sum(1) * (ec**2).sum(1))
-        flat = (np.sqrt((ac**2).mean(1)) <= CONSTANT * np.abs(a).max(1)) | (
-            np.sqrt((ec**2).mean(1)) <= CONSTANT * np.abs(e).max(1)
+        flat = (np.sqrt((ac**2).mean(1)) <= least * np.abs(a).max(1)) | (
+            np.sqrt((ec**2).mean(1)) <= least * np.abs(e).max(1)
         )
         corr = np.where(flat, np.nan, np.clip((ac * ec).sum(1) / norms, 0, 1))
         share_a, share_e = (np.abs(v) / np.abs(v).sum(1, keepdims=True) for v in (a, e))
@@ -230,5 +246,5 @@ def _companions(measured: Measurement, r: np.ndarray, dy: np.ndarray) -> tuple[n
     R_null = _mean(size, np.abs(measured.effect) <= measured.tolerance * largest)
     if measured.effects is None:
         return R_null, np.full(len(r), np.nan)
-    own = movement(measured.effects - measured.effect[:, None], dy, measured.effects)
+    own = movement(measured.effects - measured.effect[:, None], dy, measured.effects, measured.eps)
     return R_null, np.maximum(0.0, size - np.nan_to_num(np.abs(own))).mean(1)
