@@ -1,4 +1,8 @@
-"""Anchors: attributions that explain nothing, and one that cannot be beaten. They show what a score gives to them."""
+"""Anchors: attributions that explain nothing, and one that is the effect of removal. They show what a score gives them.
+
+`oracle` is occlusion with the question's own reference: exact for that removal, one element at a time. It is no upper
+bound: judged by another removal, or by sets of elements, other methods and even `constant` can score higher.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,7 @@ def echo(question: Question, generator: torch.Generator) -> Float[Tensor, "row e
 
 
 def oracle(question: Question, generator: torch.Generator) -> Float[Tensor, "row element"]:
-    """The true effect of removing each element alone, with the question's own reference."""
+    """The effect of removing each element alone, with the question's own reference: occlusion, and no upper bound."""
     return occlusion(question, generator)
 
 
