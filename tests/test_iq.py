@@ -207,7 +207,9 @@ def test_questions_say_to_which_type_their_scores_are_rounded():
     """The same fixed map, through a Question in single precision."""
     x = rows(10).float() + 30
     question = about_rows(lambda x: x.sum(1), x, x.new_zeros(6))
-    found = measure_question(question, {"echo": lambda q, g: shares(anchors.echo(q, g))}, draws=8)["echo"]
+    found = measure_question(
+        question, {"echo": lambda question, generator: shares(anchors.echo(question, generator))}, draws=8
+    )["echo"]
     assert found.eps == torch.finfo(torch.float32).eps and set(iq(found).status) == {"const_attr"}
     assert np.isnan(permutation_floor(found, 3)).all() and np.isnan(psc(found)).all()
 
