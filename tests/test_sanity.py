@@ -142,6 +142,27 @@ def test_a_gradient_follows_the_weights_and_an_edge_detector_does_not(model, gra
     assert apart.stages[-1] != follows[0].stages[-1], "the other stages are as trained"
 
 
+@pytest.mark.parametrize("end_only", [False, True])
+def test_a_cascade_keeps_what_it_has_randomised_and_one_at_a_time_does_not(model, ask, phantom, end_only):
+    """Seen from the explainer: the weights that differ from the trained ones, stage after stage."""
+    trained = {name: p.detach().clone() for name, p in model.hf.named_parameters()}
+    seen: list[set[str]] = []
+
+    def explain(question, generator):
+        changed = {name for name, p in model.hf.named_parameters() if not torch.equal(p, trained[name])}
+        seen.append(changed)
+        return edges(question, generator)
+
+    maps = Maps(ask, explain, FINDING, tuple(phantom.patients))
+    named = [{n for n in stage.parameters if trained[n].unique().numel() > 1} for stage in stages(model)]
+    for cascade in (True, False):
+        seen.clear()
+        weight_randomisation(maps, model, cascade=cascade, similarities=("spearman",), end_only=end_only)
+        upto = [set().union(*named[: i + 1]) for i in range(len(named))]
+        wanted = upto if cascade else named
+        assert seen == [set(), *(wanted[-1:] if cascade and end_only else wanted)]
+
+
 def test_words_follow_the_text_tower(model, phantom):
     pixels = phantom.render() / 255.0
     maps = Maps(
@@ -199,3 +220,14 @@ def test_the_baseline_pairs_different_patients():
     patients = [p for p in "abc" for _ in range(4)]
     assert abs(baseline(maps, patients, "spearman")) < 0.4, "images of one patient are never paired"
     assert np.isnan(baseline(maps[:4], patients[:4], "spearman"))
+
+
+def test_the_baseline_hardly_depends_on_the_pairs_that_were_drawn():
+    """Of unrelated maps of 64 patches one pair has sd 1 / sqrt(63) = .126; a baseline, of 50, a seventh of it."""
+    maps = np.random.default_rng(1).standard_normal((20, 8, 8))
+    patients = [str(i) for i in range(20)]
+    drawn = [baseline(maps, patients, "spearman", seed=seed) for seed in range(40)]
+    assert 0.005 < np.std(drawn) < 0.03
+    exact = baseline(maps, patients, "spearman", pairs=None)
+    assert exact == baseline(maps, patients, "spearman", pairs=None, seed=7), "all pairs leave nothing to draw"
+    assert exact == pytest.approx(np.mean(drawn), abs=0.01)
