@@ -14,7 +14,7 @@ from mechinterp.errors import UsageError
 from mechinterp.explain import ELEMENT_METHODS, applies, occlusion, tabular
 from mechinterp.explain.anchors import edges
 from mechinterp.explain.ask import about_function, about_image, patch_owner
-from mechinterp.explain.cam import grad_cam
+from mechinterp.explain.cam import grad_cam, grad_cam_plus_plus
 from mechinterp.explain.coalitions import (
     kernel_shap,
     kernel_shap_members,
@@ -290,3 +290,19 @@ def test_grad_cam_is_captums_on_a_convolution():
     ours = grad_cam(question, draw())
     assert ours.any()
     torch.testing.assert_close(ours, peer.flatten(1).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_grad_cam_plus_plus_by_hand():
+    """Two elements, three channels: alpha = g^2 / (2 g^2 + sum A g^3), weights .2, .5 and 0, map 0 and 1.9."""
+    features = torch.tensor([[[1.0, -1.0, 5.0], [2.0, 3.0, 5.0]]])
+    slopes = torch.tensor([[[1.0, 2.0, 0.0], [-1.0, 0.5, 0.0]]])
+
+    def inner(values):
+        read = values[0] * 1
+        return read, (read * slopes).sum((1, 2))
+
+    asked = about_function(lambda x: (x * slopes).sum((1, 2)), features, torch.zeros(2, 3), torch.arange(2)[:, None])
+    asked = replace(asked, inner=inner)
+    # channel 0: g 1, sum A 3: 1 / 5; a negative g counts 0. channel 1: g 2 and .5, sum A 2: 2 (4 / 24) + .5 (.25 / .75)
+    torch.testing.assert_close(grad_cam_plus_plus(asked, draw()), torch.tensor([[0.0, 2 * 0.2 + 3 * 0.5]]))
+    torch.testing.assert_close(grad_cam(asked, draw()), torch.tensor([[0.0, 3 * 1.25]]))

@@ -17,6 +17,7 @@ from mechinterp.audit.explainers.grading import curve_share, graded, read_thresh
 from mechinterp.data import open_data
 from mechinterp.errors import DataError, UsageError
 from mechinterp.metrics.grades import Measured
+from mechinterp.metrics.iq import expected_absolute_r
 from mechinterp.storage import verify_folder
 from tests.audit_toys import SIZE, trained_clip, write_cohort
 
@@ -83,6 +84,11 @@ def test_the_anchors_stand_where_they_must(compared):
     assert abs(random["R"] - random["R_floor"]) < 0.1
     assert constant["R"] is None and constant["statuses"] == {"const_attr": 12} and constant["coverage"] == 0
     assert {row["built_from"] for row in (random, constant, echo)} == {"none"}
+
+
+def test_as_many_draws_are_made_as_keep_the_floor_of_reliance_low():
+    """The floor of R by chance is .15 at the draws that a comparison makes; at 4 it would be .50."""
+    assert expected_absolute_r(Effort().draws) < 0.155
 
 
 def test_grades_follow_the_evidence(compared, tmp_path):

@@ -215,6 +215,20 @@ def test_flow_is_networkxs():
         assert abs(float(found[0, element - 1]) - expected) < 1e-7
 
 
+def test_attention_flow_of_a_model_is_networkxs_on_its_patterns(models):
+    """Capacities are half the mean pattern and half the identity, block by block, from the class token down."""
+    model = models["clip"]
+    batch = images(model, 1)
+    found = explained("attention_flow", about_image(model, batch, TARGET))[0]
+    mixed = [0.5 * p[0].mean(0).double() + 0.5 * torch.eye(17).double() for p in reversed(patterns(model, batch))]
+    graph = networkx.DiGraph()
+    for depth, matrix in enumerate(mixed):
+        for (above, below), capacity in np.ndenumerate(matrix.numpy()):
+            graph.add_edge((depth, above), (depth + 1, below), capacity=float(capacity))
+    wanted = [networkx.maximum_flow_value(graph, (0, 0), (len(mixed), 1 + patch)) for patch in (0, 7, 15)]
+    torch.testing.assert_close(found[[0, 7, 15]].double(), torch.tensor(wanted).double(), atol=1e-6, rtol=1e-5)
+
+
 def test_a_cam_of_words_reads_the_text_tower(models):
     """The formula at the words' tokens before the last text block that they matter after."""
     model = models["clip"]
@@ -256,6 +270,12 @@ def test_maps_of_features_are_ablation_effects_where_the_features_are_active(mod
     alone = sae_maps(question[1:], draw(), model=model, placed=placed, most=2)
     torch.testing.assert_close(few[1:], alone, atol=1e-6, rtol=1e-4)
     assert not torch.allclose(few, found, atol=1e-4)
+    # the two of each image with the largest |activation times gradient along the decoder row|, and no other
+    leaf = cache[str(placed.writes)].clone().requires_grad_()
+    score = model.run_from(str(placed.writes), leaf, batch, [TARGET])[:, 0]
+    slope = torch.autograd.grad(score.sum(), leaf)[0][:, 1:] @ placed.dictionary.W_dec.T
+    best = torch.zeros(2, 24).scatter_(1, (active * slope).sum(1).abs().topk(2).indices, 1.0)
+    torch.testing.assert_close(few, torch.einsum("rf,rpf->rp", lost * best, share), atol=1e-5, rtol=1e-4)
 
 
 def test_patches_of_graphs_have_the_influence_that_each_image_s_own_graph_says(models):

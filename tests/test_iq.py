@@ -133,6 +133,8 @@ def test_scaling_attributions_changes_no_score(measured, factor, flip):
     )
     for name in ("R", "R_zero", "F_dist", "R_null", "R_excess"):
         assert np.allclose(getattr(iq(scaled), name), getattr(iq(measured), name), rtol=1e-6), name
+    if not flip:  # correlations below 0 are clipped to 0
+        assert np.allclose(iq(scaled).F_corr, iq(measured).F_corr, rtol=1e-6) and iq(measured).F_corr.any()
     assert np.allclose(psc(scaled), psc(measured))
 
 
@@ -235,6 +237,24 @@ def test_no_map_that_varies_by_more_than_one_part_in_ten_thousand_is_called_cons
     fields["attribution"][:, 0], fields["attributions"][..., 0] = size / 2, size * (0.5 + variation * wave)
     found = iq(Measurement(**fields, eps=torch.finfo(dtype).eps))
     assert found.status == ("ok",) * 3 and np.allclose(found.coverage, 1 / 4)
+
+
+def test_prediction_saliency_correlation_has_the_sign_of_the_co_movement():
+    """1 where the map moves with the size of the output's change, -1 where it moves least when that moves most."""
+    moved = np.array([0.05, 0.1, 0.2, 0.3])
+    a = np.stack([0.5 + moved, 0.5 - moved], axis=1)[None]
+    first, effect, signs = np.array([[0.5, 0.5]]), np.array([[1.0, 2.0]]), np.array([1, -1, 1, -1])
+    for dy, expected in ((4 * moved, 1), (1 - moved, -1)):
+        assert psc(Measurement(first, np.array([2.0]), a, 2 + (signs * dy)[None], effect)) == pytest.approx(expected)
+
+
+def test_the_permutation_floor_deals_out_the_outputs_that_were_seen():
+    """One draw moves the output and one the attribution: of 10 draws |r| is 1 where they meet, else 1 / 9."""
+    once = np.eye(10)[0]
+    a, dy = np.tile(once[None, :, None], (200, 1, 1)), np.tile(np.eye(10)[3], (200, 1))
+    floor = permutation_floor(Measurement(np.zeros((200, 1)), np.zeros(200), a, dy, np.ones((200, 1))), 20)
+    assert np.allclose(np.minimum(abs(floor - 1), abs(floor - 1 / 9)), 0)
+    assert floor.mean() == pytest.approx(2 / 10, abs=0.02) and (np.ptp(floor, axis=0) > 0.5).any()
 
 
 def test_prediction_saliency_correlation_likes_what_reliance_dislikes(scored):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,9 @@ from tiny_models import tiny
 from mechinterp.errors import UsageError
 from mechinterp.explain import tabular
 from mechinterp.explain.ask import about_both, about_function, about_image, about_words
-from mechinterp.explain.inject import injected, scale_of
-from mechinterp.explain.rbp import rbp, with_rbp
+from mechinterp.explain.inject import Scale, injected, scale_of
+from mechinterp.explain.question import Part, Question
+from mechinterp.explain.rbp import rbp, shares, with_rbp, with_rbp_rows
 from mechinterp.explain.shake import shaken
 from mechinterp.metrics.iq import iq
 from mechinterp.metrics.iq.ask import effects_of, measure_question, stage
@@ -212,3 +214,84 @@ def test_rbp_of_a_question_is_its_formula_and_is_free_of_scale():
     torch.testing.assert_close(found, rbp(a[:, 0], a[:, 1:]))
     scaled = with_rbp(lambda q, g: 100 * gradient_times_value(q, g), perturbations=4)
     torch.testing.assert_close(scaled(question, torch.Generator().manual_seed(3)), found)
+
+
+def test_rbp_shrinks_by_a_tenth_of_the_movement():
+    """Shares of .5 that move by .25 at every perturbation become .5 / (1 + .1 * .25)."""
+
+    def moving(question, generator):
+        near = torch.arange(len(question)) % 4 > 0
+        return torch.stack([1 + 2.0 * near, torch.ones(len(question))], dim=1)
+
+    question = about_function(lambda x: x[:, 0], torch.rand(3, 2) + 1, torch.zeros(2), torch.arange(2))
+    found = with_rbp(moving)(question, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, torch.full((3, 2), 0.5 / 1.025))
+
+
+def test_rbp_leaves_out_the_perturbations_that_move_the_output_by_more_than_its_tolerance():
+    """None within it: not shrunk. All within it: as without a tolerance. Some: those alone count."""
+    question = columns(lambda x: (x @ WEIGHTS) ** 2, n=7)
+
+    def robust(tolerance):
+        made = with_rbp(gradient_times_value, strength=5.0, perturbations=8, tolerance=tolerance)
+        return made(question, torch.Generator().manual_seed(3))
+
+    near = shaken(question, 8, 0.05, torch.Generator().manual_seed(3))
+    a, y = gradient_times_value(near, torch.Generator()).view(7, 9, 4), near.score().view(7, 9)
+    moved = (y[:, 1:] - y[:, :1]).abs()
+    middle = float(moved.median())
+    torch.testing.assert_close(robust(0.0), shares(a[:, 0]))
+    torch.testing.assert_close(robust(1e9), robust(float("inf")))
+    torch.testing.assert_close(robust(middle), rbp(a[:, 0], a[:, 1:], 5.0, moved <= middle))
+    assert not torch.allclose(robust(middle), rbp(a[:, 0], a[:, 1:], 5.0, moved > middle))
+    x, g = question.values[0], torch.Generator()
+    for tolerance, still in ((0.0, True), (1e9, False)):
+        rows = with_rbp_rows(tabular.gradient_times_input, strength=5.0, tolerance=tolerance)
+        found = rows(lambda x: (x @ WEIGHTS) ** 2, x, x.new_zeros(4), g.manual_seed(0))
+        plain = shares(tabular.gradient_times_input(lambda x: (x @ WEIGHTS) ** 2, x, x.new_zeros(4), g))
+        assert torch.allclose(found, plain) is still
+
+
+def test_an_injected_word_follows_the_output_with_the_noise_that_was_asked_for():
+    """A word is moved by psi z + noise N(0, 1) of its own lengths along the fixed direction, and by nothing else."""
+    value = torch.randn(400, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    part = Part("word", value, torch.zeros_like(value), torch.arange(3)[:, None])
+    question = Question((part,), lambda values: values[0][:, 0].sum(1), 3, ("a", "b", "c"))
+    scale = Scale(0.5, 2.0)
+    z = (question.score() - scale.mean) / scale.sd
+    direction = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64) / 8**0.5
+    left = {}
+    for noise in (0.0, 0.1):
+        moved = injected(question, (2,), 0.8, scale, seed=1, noise=noise).question.values[0] - value
+        assert not moved[:, :2].any()
+        level = moved[:, 2] @ direction / value[:, 2].norm(dim=1)
+        torch.testing.assert_close(moved[:, 2], (level * value[:, 2].norm(dim=1))[:, None] * direction)
+        left[noise] = level - 0.8 * z
+    torch.testing.assert_close(left[0.0], torch.zeros(400).double())
+    assert float(left[0.1].std()) == pytest.approx(0.1, rel=0.15) and abs(float(left[0.1].mean())) < 0.02
+
+
+def test_only_elements_below_a_hundredth_of_the_largest_effect_count_as_without_effect():
+    """An explainer whose one moving element echoes the output leaks it only where that element does next to nothing."""
+    weights = torch.tensor([1.0, 0.3, 0.005, 0.0], dtype=torch.float64)
+    question = columns(lambda x: x @ weights, n=5)
+    question = question.at((torch.ones_like(question.values[0]),))
+
+    def echoes(element):
+        return lambda question, generator: torch.eye(4).double()[element] * question.score()[:, None]
+
+    measured = measure_question(question, {str(i): echoes(i) for i in range(4)}, draws=6)
+    leaked = {name: iq(m).R_null for name, m in measured.items()}
+    assert (leaked["0"] == 0).all() and (leaked["1"] == 0).all(), "3 parts in 10 are an effect"
+    assert np.allclose(leaked["2"], 1 / 2) and np.allclose(leaked["3"], 1 / 2)
+
+
+def test_the_seconds_of_an_explanation_are_those_it_took():
+    """One call explains all copies; its time is shared among them."""
+    bench = stage(columns(lambda x: x @ WEIGHTS, n=2), draws=4)
+
+    def slow(question, generator):
+        time.sleep(0.1)
+        return gradient_times_value(question, generator)
+
+    assert 0.1 / 10 <= bench.explain(slow)[1] < 5 * 0.1 / 10
