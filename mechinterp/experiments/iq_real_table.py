@@ -7,7 +7,7 @@
    so KernelSHAP stands for them.
 
 The table ships with scikit-learn (sklearn.datasets.load_breast_cancer; Street, Wolberg and Mangasarian 1993). A patient
-is a row. About 2 minutes on one core.
+is a row. About 2.5 minutes on one core.
 """
 
 from __future__ import annotations

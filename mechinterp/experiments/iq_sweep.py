@@ -7,7 +7,7 @@
 3. The same on x1 sin(x2) itself, where four columns do nothing and the rule for undefined correlations has work to do.
 4. What a study must be able to see: rows needed for a difference, and the smallest difference seen here.
 
-Networks (several seeds) that learnt x1 sin(x2), four columns of noise; no injection. About 2 minutes on one core.
+Networks (several seeds) that learnt x1 sin(x2), four columns of noise; no injection. About 5 minutes on one core.
 """
 
 from __future__ import annotations
