@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mechinterp.models.freeze import Check, attempt, example_target, moves, primary, verify_freeze, with_text
+from mechinterp.models.freeze import (
+    Check,
+    attempt,
+    example_batch,
+    example_target,
+    moves,
+    primary,
+    verify_freeze,
+    with_text,
+)
 from mechinterp.models.heads import inputs_of
 from mechinterp.models.tables import Features
 from mechinterp.types import ImageTextBatch
@@ -62,15 +70,6 @@ def parity(model: HookedVLM, batch: ImageTextBatch) -> dict[str, Any]:
         "points": len(model.hook_dict),
         "dtype": str(plain.dtype).removeprefix("torch."),
     }
-
-
-def example_batch(model: HookedVLM, rows: int = 2, seed: int = 0) -> ImageTextBatch:
-    """Seeded smooth noise at the size of the model's input, with a caption or a question."""
-    rng = np.random.default_rng(seed)
-    side = [s * p for s, p in zip(model.grid_shape, model._grid.patch, strict=True)]
-    coarse = torch.from_numpy(rng.random((rows, 1, 7, 7), dtype=np.float32))
-    pixels = nn.functional.interpolate(coarse, size=side, mode="bilinear")[:, 0].clamp(0.02, 0.98)
-    return with_text(model, model.preprocess(pixels))
 
 
 # ------------------------------------------------------------------------------------------------------- the checks

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, assert_never
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mechinterp.errors import ModelError
 from mechinterp.models import scoring
 from mechinterp.models.gates import activation_of, gate_of
 from mechinterp.models.tables import Classifier, Dual, Features, Generative
@@ -25,7 +27,17 @@ from mechinterp.types import ImageTextBatch, Site, Target
 if TYPE_CHECKING:
     from mechinterp.models.hooked import HookedVLM
 
-__all__ = ["Check", "attempt", "example_target", "moves", "primary", "verify_freeze", "with_text"]
+__all__ = [
+    "Check",
+    "attempt",
+    "example_batch",
+    "example_target",
+    "moves",
+    "primary",
+    "verify_freeze",
+    "wave_edit",
+    "with_text",
+]
 
 _FREEZES = ("hook_pattern", "hook_scale", "mlp.hook_post")
 
@@ -39,7 +51,7 @@ class Check:
     detail: str
 
 
-def verify_freeze(model: HookedVLM, batch: ImageTextBatch, names: Sequence[str] | None = None) -> list[Check]:
+def verify_freeze(model: Any, batch: Any = None, names: Sequence[str] | None = None) -> list[Check]:
     """For each `hook_pattern`, `hook_scale`, `mlp.hook_post`: an edit moves the output, a detach makes the part linear.
 
     A detached pattern: the gradient at the queries is zero (and is not, when it is left alone).
@@ -48,8 +60,20 @@ def verify_freeze(model: HookedVLM, batch: ImageTextBatch, names: Sequence[str] 
     A detached gate: gate times input is the value at `mlp.hook_post` (the model's activation is the one whose gate we
     know), and with the gate detached it is homogeneous in that input; of a gated MLP, the gradient at the gate branch
     is zero when it is detached (and is not, when it is left alone).
+
+    `model` is a HookedVLM, or a TransformerLens HookedTransformer (`mechinterp.models.freeze_lens`), whose batch is
+    token ids `[batch, pos]`. Without a batch: seeded noise, or seeded tokens. Raises ModelError for any other model.
     """
-    batch = with_text(model, batch)
+    from mechinterp.models.hooked import HookedVLM
+
+    if type(model).__name__ == "HookedTransformer":
+        from mechinterp.models.freeze_lens import verify_lens
+
+        return verify_lens(model, batch, names)
+    if not isinstance(model, HookedVLM):
+        hint = "a HookedVLM (HookedVLM.from_pretrained(folder)) or a HookedTransformer"
+        raise ModelError(f"{type(model).__name__} has no freezes to verify", where="verify_freeze", hint=hint)
+    batch = example_batch(model, rows=1) if batch is None else with_text(model, batch)
     wanted = [n for n in model.hook_dict if n.endswith(_FREEZES)] if names is None else names
     with torch.no_grad():
         before = primary(model, model(batch))
@@ -95,16 +119,26 @@ def example_target(model: HookedVLM) -> Target:
     return Target("pneumonia", "a chest x-ray with pneumonia", "a chest x-ray without pneumonia")
 
 
+def example_batch(model: HookedVLM, rows: int = 2, seed: int = 0) -> ImageTextBatch:
+    """Seeded smooth noise at the size of the model's input, with a caption or a question."""
+    rng = np.random.default_rng(seed)
+    side = [s * p for s, p in zip(model.grid_shape, model._grid.patch, strict=True)]
+    coarse = torch.from_numpy(rng.random((rows, 1, 7, 7), dtype=np.float32))
+    pixels = nn.functional.interpolate(coarse, size=side, mode="bilinear")[:, 0].clamp(0.02, 0.98)
+    return with_text(model, model.preprocess(pixels))
+
+
 def moves(model: HookedVLM, batch: ImageTextBatch, name: str, before: Tensor) -> float:
     """How far a fixed edit at a point moves the output."""
-
-    def edit(value: Tensor, hook: Any) -> Tensor:
-        wave = torch.sin(torch.arange(value.numel(), device=value.device, dtype=torch.float32)).view(value.shape)
-        return value * 1.25 + (0.25 * wave * value.float().std(correction=0)).to(value.dtype)
-
     with torch.no_grad():
-        after = primary(model, model.run_with_hooks(batch, fwd_hooks=[(name, edit)]))
+        after = primary(model, model.run_with_hooks(batch, fwd_hooks=[(name, wave_edit)]))
     return float((after.float() - before.float()).abs().max())
+
+
+def wave_edit(value: Tensor, hook: Any) -> Tensor:
+    """A hook: the value stretched, with a wave of its own size on top."""
+    wave = torch.sin(torch.arange(value.numel(), device=value.device, dtype=torch.float32)).view(value.shape)
+    return value * 1.25 + (0.25 * wave * value.float().std(correction=0)).to(value.dtype)
 
 
 def attempt(check: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
