@@ -336,8 +336,9 @@ def _doctor(args: argparse.Namespace) -> None:
     model = _load(args.model)
     data = _open(args.data, args.seed, images=8)
     rows = list(range(min(4, len(data))))
-    batch = model.prepare(data.pixels(rows), [_target(data)], ids=tuple(data.images[i] for i in rows))
-    checks = doctor(model, batch)
+    target = _target(data)
+    batch = model.prepare(data.pixels(rows), [target], ids=tuple(data.images[i] for i in rows))
+    checks = doctor(model, batch, target=target)
     for check in checks:
         print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
     failed = [check.name for check in checks if not check.ok]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny
 
+from mechinterp.cli import main
 from mechinterp.models import HookedVLM, attention, heads, resume, taps, verify_freeze
 from mechinterp.models.doctor import doctor, example_batch
 from mechinterp.models.freeze import Check
@@ -28,6 +29,13 @@ def test_a_healthy_model_is_found_healthy(family: str) -> None:
     checks = doctor(model, model.preprocess(pixels))
     assert not failed(checks), checks
     assert len(checks) == 8 and all(check.detail for check in checks)
+
+
+@pytest.mark.parametrize("name", ["phantom-clip", "phantom-llava", "cxr-clip"])
+def test_the_command_finds_a_bundled_model_healthy(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loaded models want no gradient at their weights, and are asked about the data's own target."""
+    assert main(["doctor", name]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.count("ok  ") == 8
 
 
 def test_a_healthy_model_in_half_precision_and_without_images() -> None:

@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 __all__ = ["Check", "doctor", "example_batch", "parity"]
 
 
-def doctor(model: HookedVLM, batch: ImageTextBatch | None = None, thorough: bool = False) -> list[Check]:
+def doctor(
+    model: HookedVLM, batch: ImageTextBatch | None = None, thorough: bool = False, target: Target | None = None
+) -> list[Check]:
     """Run every check on a batch of the user's images (or on seeded noise). Never raises on a failing check.
 
     `thorough` edits the points of every block; otherwise of the first, the middle and the last block of each tower.
+    `target` is what is scored: for a generative model it must be what the batch asks. Default an example.
     """
     batch = example_batch(model) if batch is None else with_text(model, batch[:2])
     # transformers installs hooks of its own on a first run; what is there after it is what must be there in the end
@@ -49,7 +52,7 @@ def doctor(model: HookedVLM, batch: ImageTextBatch | None = None, thorough: bool
         ("restore", lambda: _restore(model, batch, state)),
         ("patch grid", lambda: _patch_grid(model, batch)),
         ("freeze", lambda: _freezes(model, batch, thorough)),
-        ("score", lambda: _score(model, batch)),
+        ("score", lambda: _score(model, batch, target or example_target(model))),
     ]
     return [Check(name, *attempt(check)) for name, check in checks]
 
@@ -173,11 +176,10 @@ def _freezes(model: HookedVLM, batch: ImageTextBatch, thorough: bool) -> tuple[b
     return not failed, f"{len(found)} freezes hold" if not failed else f"{failed[0].name}: {failed[0].detail}"
 
 
-def _score(model: HookedVLM, batch: ImageTextBatch) -> tuple[bool, str]:
+def _score(model: HookedVLM, batch: ImageTextBatch, target: Target) -> tuple[bool, str]:
     """Scores are finite, have a gradient at the pixels, and resume from every vision block."""
     if isinstance(model.table.head, Features):
         return True, "nothing to score: no text and no classes"
-    target = example_target(model)
     pixels = batch.pixel_values.clone().requires_grad_()
     score = model.score(batch.with_pixels(pixels), [target])
     (gradient,) = torch.autograd.grad(score.sum(), pixels)

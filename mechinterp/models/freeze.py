@@ -188,6 +188,8 @@ def _query_gradient(model: HookedVLM, batch: ImageTextBatch, tap: Pattern, detac
     hook = (lambda value, hook: value.detach()) if detach else (lambda value, hook: value.clone())
     with _as_leaf(find(tap.module, "q_proj"), "output") as leaves, torch.enable_grad():
         output = primary(model, model.run_with_hooks(batch, fwd_hooks=[(tap.points[0].name or "", hook)]))
+        if not output.requires_grad:  # weights that want no gradient, and no way left from the queries
+            return 0.0
         (gradient,) = torch.autograd.grad(output.float().pow(2).sum(), leaves[-1], allow_unused=True)
     return 0.0 if gradient is None else float(gradient.abs().max())
 
