@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        if args.seed < 0:
+            raise UsageError(f"is {args.seed}", where="--seed", hint="0 or more")
         args.run(args)
     except MechInterpError as error:
         print(f"mechinterp: {error}".replace("\n", " "), file=sys.stderr)
@@ -302,14 +304,13 @@ def _ablate(args: argparse.Namespace) -> None:
 
 def _explain(args: argparse.Namespace) -> None:
     from mechinterp.audit.explaining import explain_image, write_map
-    from mechinterp.data import load_image
+    from mechinterp.data.files import open_image
     from mechinterp.types import Target
 
     model = _load(args.model)
     target = Target(args.target, args.target, args.against, question=args.target if "?" in args.target else None)
-    made = explain_image(
-        model, load_image(args.image), target, args.method, args.seed, lambda: _open(args.data, args.seed)
-    )
+    pixels = open_image(args.image)[1]
+    made = explain_image(model, pixels, target, args.method, args.seed, lambda: _open(args.data, args.seed))
     print(write_map(made, _out(args)))
 
 

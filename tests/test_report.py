@@ -220,7 +220,7 @@ def test_the_policy_lets_nothing_load_and_knows_the_style():
 def test_the_page_says_what_it_is_and_never_what_a_patient_has():
     page = page_of("mark")
     assert "Research use only. Not a medical device." in page
-    assert "the model used" in page and "mechinterp audit mark --data mark" in page
+    assert "the model used" in page and "mechinterp audit mark --data FOLDER" in page
     assert page.count("the patient has") == 1 and "never “the patient has”" in page
 
 

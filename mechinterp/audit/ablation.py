@@ -43,6 +43,10 @@ def ablation_table(
     placed = _dictionary_at(model, data, ids, seed)
     tokens = tokens_of(placed)
     evidence = collect(model, data, asked, placed, tokens)
+    beyond = [feature for feature in ids if feature.index >= len(evidence.activity.frequency)]
+    if beyond:
+        hint = f"0 to {len(evidence.activity.frequency) - 1}"
+        raise UsageError(f"{beyond[0]} is no feature of the dictionary", where="--features", hint=hint)
     test = np.flatnonzero(evidence.test)
     if len(test) == 0:
         raise UsageError("the data has no test patient", where=data.name)

@@ -68,18 +68,18 @@ def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data
     """
     from graphs.export.folder import write_folder
     from graphs.supernodes import suggest
-    from mechinterp.data import load_image
+    from mechinterp.data.files import open_image
 
     for name, value in (("--paths", wishes.paths), ("--attention", wishes.attention)):
         if value < 0:
             raise UsageError(f"is {value}", where=name, hint="a number of things to show, 0 for none")
     if wishes.mode == "sae" and (wishes.causal or wishes.suppress):
         raise UsageError("interventions are on what an MLP writes", where="--mode sae", hint="test transcoder graphs")
-    pixels = load_image(image)
+    name, pixels = open_image(image)
     target, output = asked_for(model, wishes.target, wishes.against)
     placed = _dictionaries(model, wishes, data)
     sizes = (wishes.max_features, wishes.node, wishes.edge, wishes.mode)
-    made = graph_of(model, pixels, target, placed, image.name, *sizes, output=output)
+    made = graph_of(model, pixels, target, placed, name, *sizes, output=output)
     names = stored_names(model)
     groups = _named(made.pruned, suggest(made.pruned, placed), names)
     lines = _said(made)

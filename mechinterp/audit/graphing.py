@@ -134,6 +134,8 @@ def target_of(model: HookedVLM, text: str, against: str | None = None) -> Target
     that the bundled models were taught: "a chest x-ray with X" against "a chest x-ray without X", or "is there X ?".
     A longer text stands as it is; one with a question mark is the question. For a classifier both are names of classes.
     """
+    if not text.strip():
+        raise UsageError("is empty", where="--target", hint="a finding, a caption or a question")
     if isinstance(model.table.head, Classifier):
         return Target(text, text, against)
     if against is not None or "?" in text or len(text.split()) > PHRASE:

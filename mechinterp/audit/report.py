@@ -112,7 +112,9 @@ def _pixels(data: ImageData, row: int) -> np.ndarray:
 
 
 def _command(record: dict[str, Any]) -> str:
-    parts = ["mechinterp", "audit", record["model"]["id"], "--data", record["data"]["id"], "--target", record["target"]]
+    """The command that makes this report again. A data folder has a name here, and no path: it stands as FOLDER."""
+    data = [] if record["data"]["id"] == "phantom" else ["--data", "FOLDER"]
+    parts = ["mechinterp", "audit", record["model"]["id"], *data, "--target", record["target"]]
     return shlex.join([*parts, "--seed", str(record["seed"]), "--out", "out/audit"])
 
 

@@ -44,6 +44,25 @@ class ImageFile:
         return _sha256(self.path, self.where)
 
 
+def open_image(path: Path) -> tuple[str, Float[np.ndarray, "height width"]]:
+    """The name that may be printed, and the grey pixels in [0, 1], of one file: PNG, JPEG or DICOM.
+
+    A DICOM file is called by its bytes, as in `find_image`. Raises DataError for a file that is none of these.
+    """
+    try:
+        with path.open("rb") as opened:
+            dicom = opened.read(132)[128:] == b"DICM"
+    except FileNotFoundError as error:
+        raise DataError("no such image", where=str(path)) from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    name = f"dicom-{_sha256(path, 'image')[:12]}" if dicom else path.name
+    pixels, _ = ImageFile(name, name if dicom else str(path), dicom, path, path.name).load()
+    if float(np.ptp(pixels)) == 0:
+        raise DataError("is one shade of grey all over: there is nothing to explain", where=name)
+    return name, pixels
+
+
 def find_image(root: Path, cell: str, line: int) -> ImageFile:
     """The file that a cell of the image column means.
 

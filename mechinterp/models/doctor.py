@@ -28,6 +28,7 @@ from mechinterp.types import ImageTextBatch
 
 if TYPE_CHECKING:
     from mechinterp.models.hooked import HookedVLM
+    from mechinterp.types import Target
 
 __all__ = ["Check", "doctor", "example_batch", "parity"]
 
