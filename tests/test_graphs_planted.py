@@ -238,6 +238,29 @@ def test_each_edge_runs_through_the_head_that_was_planted(planted):
         assert found.last["vision", 1, 2] == pytest.approx(found.edge, rel=1e-5)
 
 
+def test_rounds_find_the_path_that_one_round_cannot_see(planted):
+    """Causes of causes have no edge to the output: one round is blind to them, and several rounds find them all."""
+    image = image_with(planted, *FINDINGS)
+    frozen, full = graph_of(planted, image, "pneumonia", torch.float64)
+    features = full.nodes.is_type(NodeType.FEATURE)
+    path = features & (full.nodes.influence > 1e-6)
+    n = int(path.sum())
+    direct = torch.zeros(len(full.nodes), dtype=torch.float64)
+    sources, weights = full.in_edges(full.outputs[0].node)
+    direct[sources] = weights.abs()
+    seen = path & (direct > 1e-6)  # the rest is rounding, by which one round fills its budget
+    assert int(features.sum()) > 3 * n and 0 < int(seen.sum()) < n / 2
+    found = {}
+    for rounds in (1, 2, 6):
+        graph = build_graph(frozen, planted.dictionaries, max_features=n, rounds=rounds)
+        assert graph.nodes.ids == full.nodes.ids and int((graph.expanded & features).sum()) == n
+        found[rounds] = graph.expanded & path
+        assert (found[rounds] & seen).sum() == seen.sum()
+    assert int(found[1].sum()) < int(found[2].sum()) < int(found[6].sum()) == n
+    caught = [float(full.nodes.influence[mask].sum() / full.nodes.influence[path].sum()) for mask in found.values()]
+    assert caught[0] < 0.8 and caught[0] < caught[1] < caught[2] == pytest.approx(1)
+
+
 def test_influence_lies_where_the_lesion_is(planted):
     """All that speaks for pneumonia lies in two patches: all of the influence, an eighth of the area."""
     amounts = np.zeros((1, len(planted.circuit.textures), 4, 4))
