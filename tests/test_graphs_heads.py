@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from graph_toys import bridged_pass, random_pass, relu_transcoders
+from test_graphs_frozen_models import frozen_of
 from test_graphs_sweep import dictionaries
 
 from graphs.build import build_graph
@@ -202,6 +203,26 @@ def test_pairs_sum_to_the_score(layer, causal):
         values = panel.matrix().abs().flatten().sort(descending=True).values[:5]
         assert [abs(p.value) for p in top] == pytest.approx(values.tolist())
         assert panel.ids[-1] == "constant" and len(set(panel.ids)) == len(panel.ids)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "llava", "gemma3"])
+def test_pairs_sum_on_the_real_classes(family):
+    """Random models of the true classes: rotary embedding, grouped queries, query norms, windows, a projector."""
+    frozen = frozen_of(family, torch.float64)
+    replacement = Replacement(frozen, dictionaries(frozen, "plain", width=12))
+    for stack in frozen.stacks:
+        for layer in (0, len(stack.blocks) - 1):
+            attention = stack.blocks[layer].attention
+            query, head = len(stack.final) - 1, len(attention.pattern) - 1
+            for key in (query, query - 2):
+                panel = qk_panel(replacement, stack.tower, layer, head, query, key)
+                seen = attention.pattern[head, query] > 0
+                share = attention.scores.values[head, query][seen].softmax(0)[int(seen[:key].sum())]
+                assert float(share) == pytest.approx(float(attention.pattern[head, query, key]), abs=1e-12)
+                row = attention.scores.values[head, query]
+                assert panel.score == float(row[key]) and abs(panel.score) > 1e-6
+                assert float(panel.matrix().sum()) == pytest.approx(panel.score, abs=1e-12)
+                assert float(panel.matrix(contrast=True).sum()) == pytest.approx(panel.contrast, abs=1e-12)
 
 
 def test_pairs_sum_through_a_projector():
