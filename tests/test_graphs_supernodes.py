@@ -136,6 +136,30 @@ def test_members_push_the_same_way():
             assert len({int(graph.nodes.tower[i]) for i in rows}) == 1
 
 
+def same_decoders(layers: int = 3) -> list[Placed]:
+    """Dictionaries in which latents 0 and 1 write alike."""
+    rows = torch.eye(4)
+    rows[1] = rows[0]
+    return [
+        Placed(
+            SparseDictionary(torch.zeros(4, 4), rows, torch.zeros(4), torch.zeros(4), ReLU()),
+            Site("vision", layer, "ln2.hook_normalized"),
+            Site("vision", layer, "hook_mlp_out"),
+        )
+        for layer in range(layers)
+    ]
+
+
+@pytest.mark.parametrize(("sign", "together"), [(1.0, True), (-1.0, False)])
+def test_out_edges_have_to_agree_in_sign(sign, together):
+    """Features that read alike, write alike and raise the score share no group when their out-edges are opposite."""
+    graph, a, b = twins(sign)
+    keep = graph.nodes.type != NodeType.FEATURE
+    keep[[a, b]] = True
+    alone = graph.with_nodes(replace(graph.nodes, effect=torch.ones_like(graph.nodes.effect))).subgraph(keep)
+    assert len(suggest(alone, same_decoders(), least=0.3)) == together  # opposite: (1 - 1 + 1) / 3
+
+
 def test_decoders_are_evidence():
     graph, a, b = twins(1.0)
     opposite = torch.eye(4)
