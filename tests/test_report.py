@@ -80,9 +80,10 @@ def graph(text: str) -> dict[str, Any]:
 
 
 def explainer(text: str) -> dict[str, Any]:
-    scores = dict.fromkeys(("R", "F", "IS", "R_excess", "R_floor", "auprc", "auprc_chance", "seconds"), 0.5)
-    checks = {"randomisation": 1.0, "prompt_randomisation": None}
+    scores = dict.fromkeys(("R", "F", "IS", "R_excess", "R_floor", "coverage", "auprc", "auprc_chance", "seconds"), 0.5)
+    checks = {"randomisation": 1.0, "prompt_randomisation": None, "other_prompt": 0.97}
     verdicts = {"randomisation_verdict": "fail", "prompt_randomisation_verdict": "not tested"}
+    verdicts["other_prompt_verdict"] = "fail"
     row = {
         "method": text,
         "built_from": "gradient",
@@ -93,6 +94,7 @@ def explainer(text: str) -> dict[str, Any]:
         **verdicts,
         "grade": "D",
     }
+    row["n"] = {"auprc": 4, f"mass {text}": 3}
     return row | {f"mass {text}": 2.0, "ci95": {"R": [0.4, 0.6], "F": None, "auprc": [0.1, 0.9], f"mass {text}": None}}
 
 
@@ -222,6 +224,14 @@ def test_the_page_says_what_it_is_and_never_what_a_patient_has():
     assert "Research use only. Not a medical device." in page
     assert "the model used" in page and "mechinterp audit mark --data FOLDER" in page
     assert page.count("the patient has") == 1 and "never “the patient has”" in page
+
+
+def test_the_explainers_table_says_of_how_many_images_and_what_another_prompt_did():
+    """Columns of masks name their own number of images; likeness under another finding's prompt is printed."""
+    text = " ".join(" ".join(Page(page_of("mark")).text).split())
+    assert "Mass in mark (1: chance; 3 images)" in text and "target's mask (4 images)" in text
+    assert "in 3 of the images (1: chance; a map that hides it stays there)" in text
+    assert "after another finding's prompt" in text and "0.97 fails" in text
 
 
 def test_pictures_of_images_that_may_hold_names_are_withheld():

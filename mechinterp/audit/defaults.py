@@ -13,22 +13,23 @@ from mechinterp.data import ImageData, open_data
 from mechinterp.errors import StorageError
 from mechinterp.storage import MANIFEST, write_bytes, write_manifest
 
-__all__ = ["default_data"]
+__all__ = ["DEFAULT_IMAGES", "default_data", "is_default"]
+
+DEFAULT_IMAGES = 600
 
 # a dial at 0 gives both factors the marginal 1/2 and keeps them independent: every cell of the table fills
 INDEPENDENT = {("drain", "pneumothorax"): 0.0}
 
 
-def default_data(images: int = 600, seed: int = 0) -> ImageData:
+def default_data(images: int = DEFAULT_IMAGES, seed: int = 0) -> ImageData:
     """A phantom in which every shortcut is independent of every finding, so that each cell of label x attribute fills.
 
     A model that was trained where they go together shows here what it does when they do not. Kept in the cache folder
     under a name that says what it is.
     """
-    from mechinterp import __version__
     from mechinterp.data.phantom import Phantom
 
-    folder = cache_folder() / "data" / f"phantom-audit-{__version__}-{images}-seed{seed}"
+    folder = _folder(images, seed)
     if not (folder / MANIFEST).exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,17 @@ def default_data(images: int = 600, seed: int = 0) -> ImageData:
         except OSError as error:
             raise StorageError(f"cannot be written: {error.strerror or error}", where=str(folder)) from error
     return open_data(folder)
+
+
+def is_default(data: ImageData, seed: int = 0) -> bool:
+    """Whether this is what a command with `--seed SEED` takes when no data are named."""
+    return data.root == _folder(DEFAULT_IMAGES, seed)
+
+
+def _folder(images: int, seed: int) -> Path:
+    from mechinterp import __version__
+
+    return cache_folder() / "data" / f"phantom-audit-{__version__}-{images}-seed{seed}"
 
 
 def _split(metadata: Path) -> None:

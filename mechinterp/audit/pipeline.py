@@ -24,6 +24,7 @@ from mechinterp.audit.candidates import candidates
 from mechinterp.audit.catalogue import Heat, feature_row, heat_maps
 from mechinterp.audit.causal import Trial, stage
 from mechinterp.audit.cohort import cohort
+from mechinterp.audit.defaults import is_default
 from mechinterp.audit.dictionary import dictionary_of, tokens_of, training_record
 from mechinterp.audit.drivers import find_drivers, judge
 from mechinterp.audit.evidence import Evidence, collect, prepare
@@ -116,7 +117,7 @@ def audit(
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": {"id": model.label, "family": model.family, "sha256": model.sha256},
-        "data": _about_data(data, evidence),
+        "data": _about_data(data, evidence) | {"default": is_default(data, seed)},
         "cohort": cohort(evidence, data),
         "target": asked.name,
         "prompts": asdict(asked),
@@ -132,6 +133,7 @@ def audit(
     compared = audit_section(model, data, asked, rows, settings.explainer_images, seed)
     record |= {"shortcuts": rows + driver_rows, "features": cards, "graph": graph}
     record["explainers"] = compared.rows if compared else []
+    record["explained"] = compared.record["images"] if compared else []
     record["failures"] = failures(trial, data, evidence, cases)
     record["power"] = power_of(rows, settings)
     record["truth"] = measure_truth(model, data, asked, evidence, rows, settings, seed)

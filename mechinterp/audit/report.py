@@ -68,14 +68,22 @@ def render(
         galleries=galleries,
         failures=failures,
         command=_command(record),
+        iq_command=_iq_command(record),
         cards={card["id"]: card for card in record["features"]},
         mass_keys=_mass_keys(record),
+        explained_n=_explained(record),
         accused=_accused(record),
     )
 
 
 def _mass_keys(record: dict[str, Any]) -> list[str]:
     return sorted({key for row in record["explainers"] for key in row if key.startswith("mass ")})
+
+
+def _explained(record: dict[str, Any]) -> dict[str, int]:
+    """How many images a column of the explainers' table is of."""
+    rows = record["explainers"]
+    return {key: max(row["n"].get(key, 0) for row in rows) for key in ("auprc", *_mass_keys(record))} if rows else {}
 
 
 def _accused(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,10 +120,24 @@ def _pixels(data: ImageData, row: int) -> np.ndarray:
 
 
 def _command(record: dict[str, Any]) -> str:
-    """The command that makes this report again. A data folder has a name here, and no path: it stands as FOLDER."""
-    data = [] if record["data"]["id"] == "phantom" else ["--data", "FOLDER"]
-    parts = ["mechinterp", "audit", record["model"]["id"], *data, "--target", record["target"]]
-    return shlex.join([*parts, "--seed", str(record["seed"]), "--out", "out/audit"])
+    return shlex.join([*_asked("audit", record), "--out", "out/audit"])
+
+
+def _iq_command(record: dict[str, Any]) -> str:
+    """What to type for the numbers of the explainers' section, and those of all other methods."""
+    masks = [suspect["name"] for suspect in _accused(record)]
+    images = ["--images", str(record["explainers"][0]["images"])] if record["explainers"] else []
+    return shlex.join([*_asked("iq", record), *images, *(["--masks", ",".join(masks)] if masks else [])])
+
+
+def _asked(command: str, record: dict[str, Any]) -> list[str]:
+    """A command for the same model, data, target and seed.
+
+    The phantom that is taken by default has no folder; any other data have a name here and no path, which is FOLDER.
+    """
+    data = [] if record["data"].get("default") else ["--data", "FOLDER"]
+    parts = ["mechinterp", command, record["model"]["id"], *data, "--target", record["target"]]
+    return [*parts, "--seed", str(record["seed"])]
 
 
 def _p(value: float | None) -> str:

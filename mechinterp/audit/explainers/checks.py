@@ -30,7 +30,7 @@ from mechinterp.models import HookedVLM
 from mechinterp.progress import progress
 from mechinterp.types import Target
 
-__all__ = ["SIMILARITY", "check_fields", "checked", "intervals", "located"]
+__all__ = ["SIMILARITY", "check_fields", "checked", "counts", "intervals", "located"]
 
 SIMILARITY = "spearman_abs"  # where the map is, not its direction: half the methods have no direction
 NONSENSE = 3  # prompts
@@ -133,3 +133,8 @@ def intervals(checks: Mapping[str, Check]) -> dict[str, list[float] | None]:
         field: list(checks[key].ci95) if key in checks and np.isfinite(checks[key].ci95).all() else None
         for key, field in FIELDS.items()
     }
+
+
+def counts(checks: Mapping[str, Check]) -> dict[str, int]:
+    """Images that each similarity is a mean of, by field; 0 where it was not tested."""
+    return {field: checks[key].n if key in checks else 0 for key, field in FIELDS.items()}

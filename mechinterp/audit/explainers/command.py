@@ -13,6 +13,7 @@ from mechinterp.audit.explainers.controls import controls_of
 from mechinterp.audit.explainers.folder import write_folder
 from mechinterp.audit.explainers.grading import read_thresholds
 from mechinterp.audit.explainers.section import compare_explainers, methods_of
+from mechinterp.audit.explaining import OWN
 from mechinterp.audit.own_methods import stored_methods
 from mechinterp.audit.pipeline import choose_target
 from mechinterp.audit.sizes import one_size
@@ -62,6 +63,10 @@ def _command(args: argparse.Namespace) -> str:
 def _methods(model: HookedVLM, data: ImageData, target: Target, named: list[str], seed: int) -> dict[str, Method]:
     """The named methods, or all; dictionary and transcoders are found only where one is needed."""
     known = dict(ELEMENT_METHODS)
+    wrong = [name for name in named if name not in known and name not in OWN]
+    if wrong:  # before a dictionary is trained for a name that does not exist
+        hint = f"known: {', '.join(sorted([*known, *OWN]))}"
+        raise UsageError(f"no method {wrong[0]!r}", where="methods", hint=hint)
     if not named or set(named) - set(known):
         own = stored_methods(model, data, seed)
         known |= own

@@ -35,8 +35,8 @@ class Effort:
         images: test images, one a patient.
         draws: perturbations of each, for R (30 or more; with fewer, its floor by chance rises).
         noise: of the perturbation, relative to each patch.
-        masks: names of attributes whose masks maps are held beside, the target's own apart; half of the images
-            have one, as far as there are any.
+        masks: names of attributes whose masks maps are held beside, the target's own apart. They change no other
+            number: images are chosen without regard to them, and one without the mask is left out of its column.
     """
 
     images: int = 6
@@ -101,11 +101,12 @@ def compare(
     """Explain, perturb, explain again, remove; for every method that can answer a question about this model's patches.
 
     Explainers fill removed patches with mean grey; F is judged with the image's own blur as the filling, so that no
-    method is scored by the operation that made it.
+    method is scored by the operation that made it. `rows`: images, instead of those that `chosen_rows` picks from the
+    seed alone.
 
     Raises DataError without labelled test patients.
     """
-    picked = chosen_rows(data, target.name, effort.images, seed, effort.masks) if rows is None else np.asarray(rows)
+    picked = chosen_rows(data, target.name, effort.images, seed) if rows is None else np.asarray(rows)
     batch = prepare(model, data, picked, target)
     question = about_image(model, batch, target, "grey")
     judge = about_image(model, batch, target, "blur")

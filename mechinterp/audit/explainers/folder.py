@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.audit.explainers.figures import maps_picture, plane_picture
+from mechinterp.audit.explainers.records import missing
 from mechinterp.audit.explainers.section import Compared
 from mechinterp.data import ImageData
 from mechinterp.storage import write_bytes, write_json, write_manifest
@@ -25,20 +26,23 @@ SHOWN = (
     ("auprc", "AUPRC"),
     ("randomisation", "weights"),
     ("prompt_randomisation", "prompt"),
+    ("other_prompt", "other finding"),
 )
 BESIDE = (("label_randomisation", "labels"), ("repeatability", "again"), ("reproducibility", "other"))
 """Columns of checks against other models, shown where there is one."""
-EXPLAINED = """R: correlation of a patch's attribution with the output over small perturbations (by chance: R_floor in
-iq.json); high is bad, but exact explanations can have it too. F: agreement with the effects of removing patches, by a
-filling that no method used. IS = ((R^2 + (1 - F)^2) / 2)^(1/2); never read it without R and F: (1, 1) and (0, 0) tie.
-IS (zero) counts patches whose attribution never moves as R = 0. R_null: reliance on the output at patches without
-effect. R_excess: reliance beyond that of the true effects. curves: insertion minus deletion by blurring, 0 a random
-order, 1 the order of the true effects. AUPRC: against the target's mask. weights, prompt:
-similarity of the map after the vision tower's weights, or the prompt, were replaced; labels: to the map of a model
-trained on permuted labels. "=" marks a map that stayed as alike as maps of other patients are, which is a failure.
-again, other: similarity to the map of the same trained again, or of another architecture; "≠" marks a map that did not
-come back, which may be the models' doing as well. "?": not decided, the interval holds the likeness of maps of other
-patients. R, F and IS are those of iq-reading-1, not the paper's."""
+EXPLAINED = """R: correlation of a patch's attribution with the output over small perturbations (by chance: R_floor
+in iq.json); high is bad, but exact explanations can have it too. F: agreement with the effects of removing patches,
+by a filling that no method used. IS = ((R^2 + (1 - F)^2) / 2)^(1/2); never read it without R and F: (1, 1) and (0, 0)
+tie. IS (zero) counts patches whose attribution never moves as R = 0. R_null: reliance on the output at patches
+without effect. R_excess: reliance beyond that of the true effects. "-": not defined, as no patch's attribution moves.
+coverage: share of patches whose attribution moves, the only ones that R and IS count. curves: insertion minus
+deletion by blurring, 0 a random order, 1 the order of the true effects. AUPRC: against the target's mask. weights,
+prompt, other finding: similarity of the map after the vision tower's weights were replaced, the prompt by nonsense,
+or by that of another finding; labels: to the map of a model trained on permuted labels. "=" marks a map that stayed
+as alike as maps of other patients are, which is a failure. again, other: similarity to the map of the same trained
+again, or of another architecture; "≠" marks a map that did not come back, which may be the models' doing as well.
+"?": not decided, the interval holds the likeness of maps of other patients. R, F and IS are those of iq-reading-1,
+not the paper's."""
 GRADED = """The grade is that of the worst piece of evidence (F, curves, R_excess, weights, prompt), each at the end of
 its 95 % interval that speaks against the method; a piece that was not decided makes it NOT GRADED. The thresholds are
 conventions (`mechinterp.metrics.grades.Thresholds`; `--thresholds FILE` sets others): no study ties them to any
@@ -72,13 +76,20 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
     ranked = sorted(rows, key=lambda r: (r["anchor"], -(r["F"] if r["F"] is not None else -1)))
     masses = sorted({key for row in rows for key in row if key.startswith("mass ")})
     shown = [*SHOWN, *(c for c in BESIDE if any(row.get(c[0]) is not None for row in rows))]
-    header = ["method", *(title for _, title in shown), *(f"{m} (1: chance)" for m in masses), "seconds"]
+    of_masks = [f"{m} (1: chance{_images(rows, m)})" for m in masses]
+    header = ["method", *(title for _, title in shown), *of_masks, "seconds"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in ranked:
         name = f"*{row['method']}* (anchor)" if row["anchor"] else row["method"]
         cells = [name, *(_cell(row, key) for key, _ in shown), *(_cell(row, m) for m in masses)]
         lines.append("| " + " | ".join([*cells, f"{row['seconds']:.3f}"]) + " |")
     return "\n".join(lines)
+
+
+def _images(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Of how many images a column is."""
+    n = max(row["n"].get(key, 0) for row in rows)
+    return f"; {n} image{'s' if n > 1 else ''}"
 
 
 def _grades(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -95,7 +106,7 @@ def _grades(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(row: Mapping[str, Any], key: str) -> str:
     value, interval = row.get(key), row["ci95"].get(key)
     if value is None:
-        return "" if key in dict(BESIDE) else "not tested"
+        return "" if key in dict(BESIDE) else missing(row, key)
     mark = " ≠" if key in ("repeatability", "reproducibility") else " ="
     failed = {"fail": mark, "not tested": " ?"}.get(row.get(f"{key}_verdict", ""), "")
     return f"{value:.2f}{failed}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")

@@ -9,25 +9,31 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mechinterp.audit.explainers.checks import check_fields, intervals
+from mechinterp.audit.explainers.checks import check_fields, counts, intervals
 from mechinterp.audit.explainers.compare import Comparison, Judged
 from mechinterp.metrics.sanity import Check
 from mechinterp.metrics.statistics import PatientBootstrap, percentile_interval
 
-__all__ = ["columns_of", "explainer_rows", "mean_and_interval"]
+__all__ = ["columns_of", "explainer_rows", "mean_and_interval", "missing"]
 
 FEW = 5  # patients: below that an interval of a bootstrap is not worth printing
+MOVING = ("R", "IS", "R_null", "R_excess")  # defined only where some element's attribution moves
 
 
 def columns_of(judged: Judged) -> dict[str, Float[np.ndarray, " image"]]:
-    """The per-image scores of one explainer by the names that tables use."""
+    """The per-image scores of one explainer by the names that tables use.
+
+    R_null and R_excess are nan where no element's attribution moves (coverage 0): there is nothing to correlate, and
+    the 0 that undefined correlations count as would pass for a perfect score.
+    """
     s = judged.scores
+    moves = np.nan_to_num(s.coverage) > 0
     return {
         "R": s.R,
         "F": s.F_dist,
         "IS": s.IS[2],
-        "R_null": s.R_null,
-        "R_excess": s.R_excess,
+        "R_null": np.where(moves, s.R_null, np.nan),
+        "R_excess": np.where(moves, s.R_excess, np.nan),
         "coverage": s.coverage,
         "R_zero": s.R_zero,
         "F_corr": s.F_corr,
@@ -45,7 +51,7 @@ def explainer_rows(
     checks: Mapping[str, Mapping[str, Check]] | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """One record a method: every score as mean over images, `ci95` over patients, statuses, seconds.
+    """One record a method: every score as mean over images, `ci95` over patients, `n` images that have one, seconds.
 
     Args:
         extra: further per-image columns, `{column: {method: [image]}}`: localisation.
@@ -69,6 +75,7 @@ def explainer_rows(
                 "seconds": judged.seconds,
                 "statuses": dict(sorted(Counter(judged.scores.status).items())),
                 "ci95": {c: interval for c, (_, interval) in numbers.items()} | intervals(of),
+                "n": {c: int(np.isfinite(v).sum()) for c, v in columns.items()} | counts(of),
             }
         )
     return rows
@@ -87,3 +94,8 @@ def mean_and_interval(
         return mean, None
     low, high = percentile_interval(PatientBootstrap.of(owners, seed=seed).mean(values[kept]))
     return mean, [low, high] if np.isfinite(low) else None
+
+
+def missing(row: Mapping[str, Any], key: str) -> str:
+    """What a table says of a score that a record of `explainer_rows` has not: "-" where it is not defined at all."""
+    return "-" if key in MOVING and row.get("coverage") == 0 else "not tested"

@@ -96,6 +96,7 @@ def compare_explainers(
         curves = curve_share(made, made.judged[row["method"]], seed)
         row["curves"] = curves.value if np.isfinite(curves.value) else None
         row["ci95"]["curves"] = list(curves.ci95) if curves.known else None
+        row["n"]["curves"] = int(np.isfinite(made.judged[row["method"]].curve).sum())
         row |= grade_fields(graded(made, row, curves, thresholds))
     beside = {key: other.label for key, other in vars(controls or Controls()).items() if other is not None}
     return Compared(made, found, beside)
@@ -105,6 +106,8 @@ def audit_section(
     model: HookedVLM, data: ImageData, target: Target, shortcuts: Sequence[Mapping[str, Any]], images: int, seed: int
 ) -> Compared | None:
     """The usual methods on an audit's data, held beside the masks of what its verdicts accuse.
+
+    The images do not depend on the verdicts, so that `mechinterp iq` explains the same ones.
 
     Args:
         shortcuts: the records of the shortcut search.
