@@ -12,16 +12,19 @@ from PIL import Image
 from mechinterp.audit.explainers import Effort, compare_explainers, methods_of
 from mechinterp.audit.explainers.choose import chosen_rows, masks_of
 from mechinterp.audit.explainers.figures import maps_picture, plane_picture
-from mechinterp.audit.explainers.folder import write_folder
+from mechinterp.audit.explainers.folder import table_of, write_folder
 from mechinterp.audit.explainers.grading import curve_share, graded, read_thresholds
 from mechinterp.data import open_data
 from mechinterp.errors import DataError, UsageError
+from mechinterp.experiments.main_report import _rows, _table
 from mechinterp.metrics.grades import Measured
 from mechinterp.metrics.iq import expected_absolute_r
 from mechinterp.storage import verify_folder
+from mechinterp.types import Target
 from tests.audit_toys import SIZE, trained_clip, write_cohort
 
 METHODS = ("occlusion", "gradient_times_input", "attention_rollout", "edges", "random", "constant", "echo", "oracle")
+OTHER = Target("other", "a photograph of a marker", "a photograph without one")
 EFFORT = Effort(images=12, draws=8, masks=("mark",))
 
 
@@ -45,8 +48,9 @@ def models():
 
 @pytest.fixture(scope="module")
 def compared(models, cohort):
-    target = cohort.targets["finding"]
-    return {n: compare_explainers(m, cohort, target, methods_of(METHODS), EFFORT) for n, m in models.items()}
+    """Twelve images, of which six have the mark."""
+    target, rows = cohort.targets["finding"], chosen_rows(cohort, "finding", 12, 0, ("mark",)).tolist()
+    return {n: compare_explainers(m, cohort, target, methods_of(METHODS), EFFORT, 0, rows) for n, m in models.items()}
 
 
 def row_of(compared, method, model="shortcut"):
@@ -89,6 +93,54 @@ def test_the_anchors_stand_where_they_must(compared):
 def test_as_many_draws_are_made_as_keep_the_floor_of_reliance_low():
     """The floor of R by chance is .15 at the draws that a comparison makes; at 4 it would be .50."""
     assert expected_absolute_r(Effort().draws) < 0.155
+
+
+def test_what_does_not_move_has_no_reliance_on_the_output(compared):
+    """Nothing of a constant map moves: R, R_null and R_excess are not defined, and are not printed as 0."""
+    constant, oracle = row_of(compared, "constant"), row_of(compared, "oracle")
+    for score in ("R", "IS", "R_null", "R_excess"):
+        assert constant[score] is None and constant["ci95"][score] is None and constant["n"][score] == 0, score
+        assert oracle[score] is None or oracle["n"][score] > 0
+    line = next(line for line in table_of(compared["shortcut"].rows).splitlines() if "*constant*" in line)
+    cells = [cell.strip() for cell in line.split("|")[2:9]]
+    assert [cells[i] for i in (0, 2, 4, 5)] == ["-"] * 4 and cells[6].startswith("0.00") and cells[1] != "-"
+    main = next(line for line in _table("toy", compared["shortcut"], "mark").lines if line[0] == "*constant*")
+    assert [main[i] for i in (1, 3, 5, 6)] == ["-"] * 4 and main[7].startswith("0.00")
+
+
+def test_every_number_says_of_how_many_images_it_is(compared, cohort):
+    """Images without the mark's mask are left out of its column alone, there and in the rows of the main table."""
+    made = compared["shortcut"].made
+    with_mark = int((cohort.attribute("mark").values[made.rows] == 1).sum())
+    assert with_mark == 6
+    occlusion = row_of(compared, "occlusion")
+    assert occlusion["n"]["mass mark"] == with_mark and occlusion["n"]["F"] == occlusion["n"]["randomisation"] == 12
+    assert f"mass mark (1: chance; {with_mark} images)" in table_of(compared["shortcut"].rows)
+    rows = {(r.of["explainer"], r.name): r for r in _rows("toy", compared["shortcut"])}
+    assert rows["occlusion", "mass mark"].n == with_mark and rows["occlusion", "F"].n == 12
+    assert rows["occlusion", "auprc"].n == 0, "the finding has no masks"
+    assert rows["occlusion", "randomisation"].ci95 == tuple(occlusion["ci95"]["randomisation"])
+    assert "relevance on the mark (1: chance), 6 images" in _table("toy", compared["shortcut"], "mark").header
+
+
+def test_the_prompt_of_another_finding_is_told_from_nonsense(models, cohort):
+    """Likeness under another finding's prompt is measured and printed beside that under nonsense, as its own number."""
+    data = replace(cohort, targets={**cohort.targets, "other": OTHER})
+    made = compare_explainers(
+        models["shortcut"], data, data.targets["finding"], methods_of(("occlusion", "attention_rollout")), EFFORT
+    )
+    occlusion, rollout = made.rows
+    assert rollout["other_prompt"] == pytest.approx(1) and rollout["other_prompt_verdict"] == "fail"
+    assert occlusion["other_prompt"] < 0.99 and occlusion["other_prompt"] != occlusion["prompt_randomisation"]
+    assert occlusion["n"]["other_prompt"] == 12 and occlusion["ci95"]["other_prompt"] is not None
+    for header, line in (
+        [[c.strip() for c in s.split("|")[1:-1]] for s in table_of([rollout]).splitlines()[::2]],
+        (_table("toy", made, "mark").header, next(x for x in _table("toy", made, "mark").lines if "rollout" in x[0])),
+    ):
+        said = dict(zip(header, line, strict=True))
+        title = next(name for name in header if "other finding" in name or "another finding" in name)
+        assert said[title].startswith("1.00") and "=" in said[title]
+    assert {r.name for r in _rows("toy", made)} >= {"other_prompt", "prompt_randomisation"}
 
 
 def test_grades_follow_the_evidence(compared, tmp_path):
@@ -136,7 +188,8 @@ def test_what_looks_at_the_image_alone_fails_the_sanity_checks(compared):
 
 def test_a_methods_numbers_do_not_depend_on_its_company(compared, models, cohort):
     target = cohort.targets["finding"]
-    alone = compare_explainers(models["shortcut"], cohort, target, methods_of(("random", "occlusion")), EFFORT)
+    rows = compared["shortcut"].made.rows.tolist()
+    alone = compare_explainers(models["shortcut"], cohort, target, methods_of(("random", "occlusion")), EFFORT, 0, rows)
     for row in alone.rows:
         beside = row_of(compared, row["method"])
         assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in beside.items() if k != "seconds"}

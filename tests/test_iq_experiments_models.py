@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +11,20 @@ import torch
 
 from mechinterp.audit.defaults import default_data
 from mechinterp.audit.dictionary import dictionary_of
-from mechinterp.audit.explainers import Compared, Comparison
 from mechinterp.errors import UsageError
-from mechinterp.experiments import run_experiment
+from mechinterp.experiments import multimodal_report, run_experiment
 from mechinterp.experiments.iq_multimodal import _hardened, separate_rbp
 from mechinterp.experiments.iq_sanity import Likeness, another_dictionary, memorised, pooled
 from mechinterp.experiments.iq_study import Study
-from mechinterp.experiments.main_report import Found, shortcut_claims
-from mechinterp.experiments.multimodal_report import APART, JOINT, KINDS, ONE, PAIR
+from mechinterp.experiments.main_shortcut import (
+    Shown,
+    least_p,
+    needed,
+    shortcut_claims,
+    shortcut_rows,
+    shortcut_table,
+)
+from mechinterp.experiments.multimodal_report import APART, COPIES, JOINT, KINDS, ONE, PAIR
 from mechinterp.experiments.sanity_report import ALL, ON_TOYS, _drawn, report
 from mechinterp.explain.question import Part, Question
 from mechinterp.metrics.sanity import judge
@@ -115,16 +120,64 @@ def test_the_main_table_says_what_was_not_tested(quick):
         run_experiment("iq-sanity", "unused", data=Path("x"))
 
 
-@pytest.mark.parametrize(("low", "shows"), [(1.4, True), (0.6, False)])
-def test_a_map_shows_the_shortcut_only_where_its_interval_is_above_chance(low, shows):
-    checks = {f"{key}_verdict": "pass" for key in ("randomisation", "prompt_randomisation")}
-    numbers = {"R": 0.3, "F": 0.5, "R_excess": 0.1, "mass drain": 2.0, "seconds": 0.1}
-    row = {"method": "lime", "anchor": False, "images": 12, "built_from": "subset_fill", **numbers, **checks}
-    made = bare(Comparison, judged={}, target=SimpleNamespace(name="pneumothorax"), rows=np.arange(12), patients=())
-    compared = bare(Compared, made=made, rows=[{**row, "ci95": {"mass drain": [low, 2.6]}}])
-    found = Found({"phantom-clip-shortcut": compared}, Study(), (), (0.0, 0.8), "drain")
-    (claim,) = shortcut_claims(found)
-    assert claim.holds is shows and f"{int(shows)} of 1 do" in claim.evidence
+def shown(images, twin, clean, spread=0.5, methods=14):
+    """Masses of methods around `twin` and `clean` (1 is chance), and of an anchor at chance."""
+    rng = np.random.default_rng(0)
+    patients = tuple(f"p{i}" for i in range(images))
+
+    def of(middle):
+        mass = {f"method {i}": middle + spread * rng.uniform(-1, 1, images) for i in range(methods)}
+        return Shown(mass | {"noise": np.ones(images)}, patients, frozenset({"noise"}))
+
+    return {"toy-shortcut": of(twin), "toy": of(clean)}
+
+
+@pytest.mark.parametrize(
+    ("images", "twin", "clean", "lies", "tells", "tested"),
+    [
+        (24, 8.0, 2.0, True, True, True),
+        (24, 8.0, 8.0, True, False, True),
+        (24, 1.0, 1.0, False, False, True),
+        (6, 8.0, 2.0, False, False, False),
+    ],
+)
+def test_a_shortcut_is_shown_only_where_a_paired_test_with_power_says_so(images, twin, clean, lies, tells, tested):
+    """Above chance and above the clean model's, paired and Holm-corrected; with 6 images no claim can hold."""
+    chance, difference = shortcut_claims(shown(images, twin, clean), "drain")
+    assert (chance.holds, difference.holds) == (lies, tells)
+    for claim in (chance, difference):
+        assert ("NOT TESTED" in claim.evidence) is not tested and "noise" not in claim.evidence
+        assert tested or "with 6 images no p after Holm is below 0.44; 10 would do" in claim.evidence
+
+
+def test_the_least_p_is_that_of_signs_which_all_agree():
+    """Two of 2^n sign patterns are as extreme, times the number of methods in Holm's first step."""
+    assert least_p(6, 11) == pytest.approx(11 * 2 / 64) and least_p(1, 3) == 1
+    assert needed(14) == 10 and least_p(10, 14) < 0.05 <= least_p(9, 14)
+
+
+def test_one_method_that_does_not_tell_the_twin_makes_the_claim_false_and_the_table_says_which():
+    """The claim is of every explainer; rows hold each difference with its p."""
+    found = shown(24, 8.0, 2.0)
+    found["toy-shortcut"].mass["method 3"][:] = found["toy"].mass["method 3"]
+    _, difference = shortcut_claims(found, "drain")
+    assert not difference.holds and difference.evidence.startswith("13 of 14 do, 0 the opposite")
+    rows = {r.of["explainer"]: r for r in shortcut_rows(found, "drain") if "p" in r.of}
+    assert rows["method 3"].of["p"] == 1 and rows["method 4"].of["p"] < 0.05 and rows["method 4"].n == 24
+    table = shortcut_table(found, "drain")
+    assert table is not None and [line[-1] for line in table.lines if line[0] in ("method 3", "*noise*")] == [
+        "1.000",
+        "",
+    ]
+
+
+def test_relevance_on_the_shortcut_is_of_images_that_have_one(quick):
+    """iq-main measures it on images with a drain only, as many for each method."""
+    _, written, _ = quick("iq-main")
+    rows = [row for row in written["rows"] if row["name"] == "mass drain, images with one"]
+    assert {row["explainer"] for row in rows} == {"gradient_times_input", "grad_cam", "random"}
+    by = {row["explainer"]: row for row in rows}
+    assert by["random"]["n"] == by["gradient_times_input"]["n"] == 8
 
 
 def test_both_at_once_costs_fewer_explanations_and_is_counted(quick):
@@ -135,6 +188,16 @@ def test_both_at_once_costs_fewer_explanations_and_is_counted(quick):
     asked = {(row["explainer"], row["variant"]) for row in written["rows"] if row["name"] == "R"}
     assert {kind for method, kind in asked if method == "gradient_times_input"} == {"plain", *KINDS}
     assert {kind for method, kind in asked if method == "integrated_gradients"} == {"plain", ONE}
+
+
+def test_what_rbp_costs_is_claimed_for_a_number_of_perturbations():
+    """Three explanations are three: 3.04 is more, and the claim names its perturbations."""
+    cost = {("lime", "plain"): 1.0, ("lime", JOINT): 3.8, ("lime", PAIR): 3.04, ("lime", ONE): 2.5, ("ig", ONE): 3.0}
+    found = multimodal_report.Found(Study(), {}, cost)
+    claims = {kind: multimodal_report._cost_claim("toy", found, kind, n) for kind, n in COPIES.items()}
+    assert {kind: claim.holds for kind, claim in claims.items()} == {JOINT: False, PAIR: False, ONE: True}
+    assert "(3 perturbations)" in claims[JOINT].claim and "(1 perturbation)" in claims[ONE].claim
+    assert claims[ONE].evidence == "lime 2.50; ig 3.00 (in CPU time; by count 2)"
 
 
 @pytest.mark.parametrize(("kind", "rows"), [(APART, 7), (JOINT, 4), (PAIR, 3), (ONE, 2)])

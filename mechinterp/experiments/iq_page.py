@@ -24,9 +24,10 @@ from mechinterp.experiments.iq_study import (
 )
 from mechinterp.experiments.result import Claim, Result, Row, Table
 
-__all__ = ["Layout", "forest", "injection_result", "levels"]
+__all__ = ["Layout", "forest", "injection_result", "level", "levels"]
 
 SHOWN = ("R", "R_floor", "F_dist", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage", "slot")
+MOVING = ("R", "IS_p2", "R_null", "R_excess")
 HEADER = ("R", "R by shuffling", "F", "IS (skip)", "IS (zero)", "R_null", "R_excess", "coverage", "on the slot")
 MOVED = ("R", "F_dist", "IS_p2", "IS_zero_p2", "R_excess", "slot")
 JUDGED = ("F_dist", "IS_p2", "IS_zero_p2", "R_excess")
@@ -201,8 +202,8 @@ def _rows(study: Study) -> list[Row]:
             key: Key = (condition, explainer, treatment)
             where = {"explainer": explainer, "treatment": treatment, "condition": condition}
             for column in found[0].columns[explainer, treatment]:
-                n = int(np.isfinite(study.values(key, column)).sum())
-                rows.append(Row(column, study.mean(key, column), n, None, where))
+                value, n = level(study, key, column), int(np.isfinite(study.values(key, column)).sum())
+                rows.append(Row(column, *((float("nan"), 0) if isinstance(value, str) else (value, n)), None, where))
         kept = study.kept(condition)
         rows.append(Row("gated out", float(1 - kept.mean()), len(kept), None, {"condition": condition}))
     return rows
@@ -212,9 +213,15 @@ def levels(study: Study, condition: str, names: Sequence[str], treatment: str = 
     """Every score of every explainer under one condition."""
     shown = {c: h for c, h in zip(SHOWN, HEADER, strict=True) if _has(study, condition, c)}
     shown |= {by("F_dist", name): f"F by {name}" for name in references(study)}
-    here = [(n, *(study.mean((condition, n, treatment), c) for c in shown)) for n in names]
+    here = [(n, *(level(study, (condition, n, treatment), c) for c in shown)) for n in names]
     header = tuple(shown.values())
     return Table(f"Scores, {condition}", ("explainer", *header), tuple(here))
+
+
+def level(study: Study, key: Key, column: str) -> float | str:
+    """A mean score for a table; "-" for reliance on the output where no attribution moves (coverage 0)."""
+    still = column in MOVING and study.mean(key, "coverage") == 0
+    return "-" if still else study.mean(key, column)
 
 
 def _has(study: Study, condition: str, column: str) -> bool:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mechinterp.audit.explainers import Compared
 from mechinterp.audit.explainers.folder import BESIDE
+from mechinterp.audit.explainers.records import missing
 from mechinterp.experiments.canvas import COLOURS, GREY, INK, axes_of, canvas, png
 from mechinterp.experiments.iq_study import PLAIN, Difference, Study, corrected
+from mechinterp.experiments.main_shortcut import Shown, least_p, shortcut_claims, shortcut_rows, shortcut_table
 from mechinterp.experiments.result import Claim, Result, Row, Table
 from mechinterp.metrics.iq import expected_absolute_r
 from mechinterp.metrics.statistics import PatientBootstrap, holm, percentile_interval, sign_flip_p
 
-__all__ = ["Found", "picture", "report", "shortcut_claims"]
+__all__ = ["Found", "picture", "report"]
 
 NUMBERS = (
     "R", "F", "IS", "IS_zero", "R_null", "R_excess", "coverage", "F_corr", "F_own", "R_floor", "auprc", "auprc_chance",
@@ -30,6 +32,20 @@ TITLES = {
     "repeatability": "trained again",
     "reproducibility": "other architecture",
 }
+SCORES = (
+    ("R", "R"),
+    ("F", "F"),
+    ("IS", "IS (skip)"),
+    ("IS_zero", "IS (zero)"),
+    ("R_null", "R_null"),
+    ("R_excess", "R_excess"),
+    ("coverage", "coverage"),
+)
+PROMPTED = {
+    "randomisation": "random weights",
+    "prompt_randomisation": "nonsense prompt",
+    "other_prompt": "prompt of another finding",
+}
 SAME = ("repeatability", "reproducibility")
 CLAIMS = {
     "randomisation": "changes with the weights",
@@ -42,13 +58,17 @@ CLAIMS = {
 
 @dataclass(frozen=True)
 class Found:
-    """Comparisons by model, the injection, its methods and strengths, and the attribute of the planted shortcut."""
+    """Comparisons by model, the injection, its methods and strengths, and the attribute of the planted shortcut.
+
+    `shown`: relevance on the shortcut in more images, by model.
+    """
 
     compared: dict[str, Compared]
     turned: Study
     inverted: Sequence[str]
     strengths: Sequence[float]
     shortcut: str
+    shown: Mapping[str, Shown] = field(default_factory=dict)
 
 
 def report(found: Found, real: bool) -> Result:
@@ -62,12 +82,17 @@ def report(found: Found, real: bool) -> Result:
             of = {"explainer": method, "psi": max(found.strengths)}
             rows.append(Row(f"delta {column}", d.value, d.n, d.ci95, of))
     claims = [claim for name, compared in found.compared.items() for claim in _claims(name, compared)]
-    claims += shortcut_claims(found)
+    claims += shortcut_claims(found.shown, found.shortcut)
+    rows += shortcut_rows(found.shown, found.shortcut)
+    pairs = shortcut_table(found.shown, found.shortcut)
+    tables += [pairs] if pairs else []
     claims += [_direction(found, moved, column, sign) for column, sign in (("R", 1), ("F_dist", -1), ("IS_p2", 1))]
     notes = [
         "F is judged by replacing each patch with the blurred image; methods fill with mean grey. Methods that remove "
         "patches one at a time are still closest in kind to the judge; F_own (grey) is in result.json.",
-        "Likeness after random weights or a nonsense prompt is the rank correlation of the maps' sizes; = marks a "
+        "-: not defined, as no element's attribution moves (coverage 0). IS (skip) leaves out what never moves, "
+        "IS (zero) counts it as R = 0.",
+        "Likeness after random weights or another prompt is the rank correlation of the maps' sizes; = marks a "
         "method whose maps stay more alike than maps of different patients (a failure). Beside other models: = the "
         "same for permuted labels; ≠ did not come back, which may be the models' doing as well as the method's.",
         f"R by chance with 30 draws: {expected_absolute_r(30):.2f}.",
@@ -85,7 +110,8 @@ def _rows(name: str, compared: Compared) -> list[Row]:
             interval = r["ci95"].get(key)
             of = {"model": name, "explainer": r["method"], "anchor": r["anchor"]}
             number = float("nan") if value is None else float(value)
-            made.append(Row(key, number, r["images"], (interval[0], interval[1]) if interval else None, of))
+            n = 0 if value is None else r["n"].get(key, r["images"])
+            made.append(Row(key, number, n, (interval[0], interval[1]) if interval else None, of))
     return made
 
 
@@ -95,19 +121,26 @@ def _table(name: str, compared: Compared, shortcut: str) -> Table:
     lines = []
     for r in sorted(compared.rows, key=lambda r: (r["anchor"], -(r["F"] or 0))):
         cells: list[Any] = [f"*{r['method']}*" if r["anchor"] else r["method"]]
-        cells += [_cell(r, key) for key in ("R", "F", "IS", "R_null", "R_excess", "auprc", mass)]
-        cells += [_checked(r, key) for key in ("randomisation", "prompt_randomisation", *(key for key, _ in beside))]
+        cells += [_cell(r, key) for key in (*(key for key, _ in SCORES), "auprc", mass)]
+        cells += [_checked(r, key) for key in (*PROMPTED, *(key for key, _ in beside))]
         lines.append((*cells, f"{r['seconds']:.3f}"))
-    header = ("explainer", "R", "F", "IS", "R_null", "R_excess", "AUPRC", f"relevance on the {shortcut} (1: chance)",
-              "random weights", "nonsense prompt", *(TITLES[key] for key, _ in beside), "seconds")  # fmt: skip
+    of_masks = (f"AUPRC{_of(compared, 'auprc')}", f"relevance on the {shortcut} (1: chance){_of(compared, mass)}")
+    header = ("explainer", *(title for _, title in SCORES), *of_masks, *PROMPTED.values(),
+              *(TITLES[key] for key, _ in beside), "seconds")  # fmt: skip
     made = compared.made
     return Table(f"{name}: {made.target.name}, {len(made.rows)} test patients (*anchors*)", header, tuple(lines))
+
+
+def _of(compared: Compared, key: str) -> str:
+    """How many images a column is of, where it is not all of them."""
+    n = max([r["n"].get(key, 0) for r in compared.rows if r.get(key) is not None], default=0)
+    return f", {n} images" if 0 < n < len(compared.made.rows) else ""
 
 
 def _cell(r: Mapping[str, Any], key: str) -> str:
     value, interval = r.get(key), r["ci95"].get(key)
     if value is None:
-        return "not tested"
+        return missing(r, key)
     return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
@@ -116,7 +149,7 @@ def _checked(r: Mapping[str, Any], key: str) -> str:
         return ""
     failed = " ≠" if key in SAME else " ="
     verdict = {"fail": failed, "pass": "", "not tested": " ?"}[r[f"{key}_verdict"]]
-    return _cell(r, key).split(" [")[0] + verdict
+    return _cell(r, key) + verdict
 
 
 def _claims(name: str, compared: Compared) -> list[Claim]:
@@ -129,7 +162,7 @@ def _claims(name: str, compared: Compared) -> list[Claim]:
         p = dict(zip(gains, holm(np.array([sign_flip_p(g[np.isfinite(g)]) for g in gains.values()])), strict=True))
         better = [m for m, g in gains.items() if np.nanmean(g) > 0 and p[m] < 0.05]
         said = "; ".join(f"{m} {_interval(g, made.patients)}" for m, g in gains.items())
-        least = len(gains) * 2.0 ** (1 - len(noise))  # signs can all agree in two of 2^n ways
+        least = least_p(min((int(np.isfinite(g).sum()) for g in gains.values()), default=0), len(gains))
         power = f" (NOT TESTED: with {len(noise)} images no p after Holm is below {least:.2f})" if least >= 0.05 else ""
         claims.append(Claim(f"{name}: every explainer is more faithful than random maps", len(better) == len(gains),
                             f"{len(better)} of {len(gains)} are{power}: {said}"))  # fmt: skip
@@ -151,24 +184,6 @@ def _interval(gains: np.ndarray, patients: tuple[str, ...]) -> str:
     draws = PatientBootstrap.of([p for p, k in zip(patients, kept, strict=True) if k]).mean(gains[kept])
     low, high = percentile_interval(draws)
     return f"{gains[kept].mean():+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def shortcut_claims(found: Found) -> list[Claim]:
-    """On models that learnt the shortcut, a map shows it where its relevance there lies above chance."""
-    key, claims = f"mass {found.shortcut}", []
-    for name, compared in found.compared.items():
-        if not name.endswith("-shortcut"):
-            continue
-        real = [r for r in compared.rows if not r["anchor"]]
-        shows = [r["method"] for r in real if r["ci95"].get(key) and r["ci95"][key][0] > 1]
-        said = "; ".join(f"{r['method']} {_cell(r, key)}" for r in real)
-        few = sum(not r["ci95"].get(key) for r in real)
-        without = f", {few} NOT TESTED (too few images with one for an interval)" if few else ""
-        claims.append(
-            Claim(f"{name}: every explainer shows the planted {found.shortcut}", len(shows) == len(real),
-                  f"{len(shows)} of {len(real)} do (interval above chance, 1){without}: {said}")
-        )  # fmt: skip
-    return claims
 
 
 def _moved(found: Found) -> dict[str, dict[str, Difference]]:
@@ -206,7 +221,10 @@ def _figure(found: Found) -> bytes:
 
 
 def picture(rows: Mapping[str, Sequence[Mapping[str, Any]]], shortcut: str) -> bytes:
-    """PNG of the records of each model; explainers by their mean F, anchors below. Lines are 95 % over patients."""
+    """PNG of the records of each model; explainers by their mean F, anchors below. Lines: 95 % over patients.
+
+    What is not defined (reliance of a map that never moves) is not drawn; what lies off an axis is written at its end.
+    """
     records = {(name, r["method"]): r for name, of in rows.items() for r in of}
     anchors = {m: r["anchor"] for (_, m), r in records.items()}
 
@@ -222,7 +240,8 @@ def picture(rows: Mapping[str, Sequence[Mapping[str, Any]]], shortcut: str) -> b
     )
     figure, axes = canvas(1, len(panels), 3.4 * len(panels), 0.32 * len(names) + 1.2, sharey=True)
     for ax, (key, label, limits, line) in zip(axes[0], panels, strict=True):
-        axes_of(ax, "", label, "")
+        n = max([r.get("n", {}).get(key, 0) for of in rows.values() for r in of], default=0)
+        axes_of(ax, "", f"{label}{f', n = {n}' if n else ''}", "")
         if line is not None:
             ax.axvline(line, color=GREY, linewidth=0.8, linestyle="--")
         for place, name in enumerate(rows):
@@ -233,9 +252,12 @@ def picture(rows: Mapping[str, Sequence[Mapping[str, Any]]], shortcut: str) -> b
                 at = y + 0.28 - 0.14 * place
                 low, high = np.clip(r["ci95"].get(key) or (r[key], r[key]), *limits)
                 ax.plot([low, high], [at, at], color=COLOURS[place], linewidth=0.9, alpha=0.7)
-                shown = min(r[key], limits[1])
-                ax.plot(shown, at, ">" if r[key] > limits[1] else "o", markersize=3.2, color=COLOURS[place],
-                        label=name if y == len(names) - 1 else None)  # fmt: skip
+                beyond = r[key] > limits[1]
+                ax.plot(min(r[key], limits[1]), at, ">" if beyond else "o", markersize=3.2, color=COLOURS[place],
+                        label=name if y == len(names) - 1 else None, clip_on=False)  # fmt: skip
+                if beyond:  # off the axis: the number instead of a place
+                    ax.annotate(f"{r[key]:.2f}", (limits[1], at), (-4, 0), textcoords="offset points", ha="right",
+                                va="center", fontsize=5, color=COLOURS[place])  # fmt: skip
         ax.set_xlim(*limits)
     axes[0, 0].set_yticks(range(len(names)), [m.replace("_", " ") for m in names])
     for tick, method in zip(axes[0, 0].get_yticklabels(), names, strict=True):

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
+from mechinterp.experiments.iq_page import level
 from mechinterp.experiments.iq_study import PLAIN, Difference, Study, corrected
 from mechinterp.experiments.result import Claim, Result, Row, Table
 
-__all__ = ["APART", "JOINT", "KINDS", "ONE", "PAIR", "Found", "condition", "report"]
+__all__ = ["APART", "COPIES", "JOINT", "KINDS", "ONE", "PAIR", "Found", "condition", "report"]
 
 APART, JOINT, PAIR, ONE = "RBP, each modality", "RBP, both at once", "RBP, one pair", "RBP, one perturbation"
 KINDS = (APART, JOINT, PAIR, ONE)
+COPIES = {JOINT: 3, PAIR: 2, ONE: 1}
+"""Perturbations of image and text at once; JOINT has as many as the method was published with."""
+MOST = 3  # explanations that RBP of both modalities may cost
 SHOWN = ("R", "F_dist", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage", "R_floor", "slot")
 
 
@@ -95,19 +99,12 @@ def _direction(claim: str, differences: dict[str, Difference], methods: Sequence
 
 
 def _rbp_claims(name: str, f: Found, own: dict[str, tuple[str, ...]], psi: float) -> list[Claim]:
-    at, timed, claims = condition(psi), list(dict.fromkeys(m for m, _ in f.cost)), []
-    for kind, count in ((PAIR, "the input and one pair"), (ONE, "the input and one perturbation")):
+    at = condition(psi)
+    claims = [_cost_claim(name, f, kind, perturbations) for kind, perturbations in COPIES.items()]
+    for kind in (PAIR, ONE):
         gains = {m: f.study.change((at, m, kind), (at, m, PLAIN), "IS_p2") for m in own if kind in own[m]}
         if gains:
             claims.append(_direction(f"{name}: {kind}, lowers IS under injection", gains, list(gains), -1))
-        spent = "; ".join(f"{m} {f.cost[m, kind]:.2f}" for m in timed)
-        claims.append(
-            Claim(
-                f"{name}: {kind}, costs at most 3 explanations",
-                max(f.cost[m, kind] for m in timed) <= 3.05,
-                f"{spent} (in CPU time; by count {3 if kind == PAIR else 2}: {count})",
-            )
-        )
         same = {
             m: _apart(f.study.values((at, m, kind), "IS_p2"), f.study.values((at, m, APART), "IS_p2"))
             for m in own
@@ -124,6 +121,18 @@ def _rbp_claims(name: str, f: Found, own: dict[str, tuple[str, ...]], psi: float
     return claims
 
 
+def _cost_claim(name: str, f: Found, kind: str, perturbations: int) -> Claim:
+    """Whether RBP of image and text costs at most `MOST` explanations, for so many perturbations."""
+    timed = list(dict.fromkeys(m for m, k in f.cost if k == kind))
+    spent = "; ".join(f"{m} {f.cost[m, kind]:.2f}" for m in timed)
+    many = f"{perturbations} perturbation{'s' if perturbations > 1 else ''}"
+    return Claim(
+        f"{name}: {kind} ({many}), costs at most {MOST} explanations",
+        bool(timed) and max(f.cost[m, kind] for m in timed) <= MOST,
+        f"{spent} (in CPU time; by count {1 + perturbations})",
+    )
+
+
 def _apart(one: np.ndarray, other: np.ndarray) -> float:
     """The largest difference in any image that has both; nan where none has."""
     apart = np.abs(one - other)
@@ -133,7 +142,7 @@ def _apart(one: np.ndarray, other: np.ndarray) -> float:
 def _levels(name: str, f: Found, methods: Sequence[str]) -> Table:
     shown = ("R", "F_dist", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage")
     at = condition(0.0)
-    lines = [(m, *(f.study.mean((at, m, PLAIN), c) for c in shown), f.words[m]) for m in methods]
+    lines = [(m, *(level(f.study, (at, m, PLAIN), c) for c in shown), f.words[m]) for m in methods]
     header = ("explainer", "R", "F", "IS (skip)", "IS (zero)", "R_null", "R_excess", "coverage", "share on words")
     return Table(f"{name}: patches and words together, no injection", header, tuple(lines))
 
@@ -155,19 +164,29 @@ def _rbp_table(name: str, f: Found, own: dict[str, tuple[str, ...]], strengths: 
     return Table(f"{name}: RBP of both modalities", header, tuple(lines))
 
 
+def _moves(ax, study: Study, method: str, strengths: Sequence[float], colour: str) -> None:
+    """(R, F) of a method without injection, its 95 % intervals, and an arrow to where injection puts it."""
+    ends = [(condition(p), method, PLAIN) for p in (min(strengths), max(strengths))]
+    start, end = ((study.mean(key, "R"), study.mean(key, "F_dist")) for key in ends)
+    ax.plot(*start, "o", markersize=4, color=colour, label=method.replace("_", " "))
+    ax.plot(*end, marker="o", markersize=4, color=colour, markerfacecolor="white")
+    ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.3})
+    for place, column in enumerate(("R", "F_dist")):
+        low, high = study.contrast(study.values(ends[0], column), ends[0][0]).ci95
+        line = ([low, high], [start[1]] * 2) if place == 0 else ([start[0]] * 2, [low, high])
+        if np.isfinite([low, high]).all():
+            ax.plot(*line, color=colour, linewidth=0.9, alpha=0.45)
+
+
 def _figure(found: dict[str, Found], strengths: Sequence[float]) -> bytes:
     figure, axes = canvas(1, 2 * len(found), 5.5 * len(found) + 1, 3.6)
     for place, (name, f) in enumerate(found.items()):
         left, right = axes[0, 2 * place], axes[0, 2 * place + 1]
-        axes_of(left, f"{name}: by injection", "R (moves with the output)")
+        axes_of(left, f"{name}: psi {min(strengths):g} to {max(strengths):g} (arrows)", "R (moves with the output)")
         left.set_ylabel("F (matches the effects)")
         for i, m in enumerate(f.words):
-            keys = [(condition(p), m, PLAIN) for p in strengths]
-            points = [(f.study.mean(key, "R"), f.study.mean(key, "F_dist")) for key in keys]
-            left.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], label=m.replace("_", " "))
-            left.plot(*points[-1], marker="o", markersize=4, color=COLOURS[i % len(COLOURS)])
-        left.set_xlim(0, 1)
-        left.set_ylim(0, 1)
+            _moves(left, f.study, m, strengths, COLOURS[i % len(COLOURS)])
+        left.margins(0.08)
         left.legend(fontsize=7, frameon=False)
         axes_of(right, f"{name}: what RBP costs", "explanations")
         bars = [key for key in f.cost if key[1] != PLAIN]
