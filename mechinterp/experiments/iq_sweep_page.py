@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import kendalltau
 
-from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
+from mechinterp.experiments.canvas import COLOURS, GREY, INK, axes_of, canvas, png
 from mechinterp.experiments.iq_multiverse import Multiverse, Shrinkage, flips, interval, mean_of, rows_needed
 from mechinterp.experiments.result import Claim, Result, Row, Table
 from mechinterp.metrics.statistics import smallest_detectable_effect
@@ -205,9 +205,16 @@ def _figure(universe: Multiverse, shrinkage: Shrinkage, ranks) -> bytes:
             value = np.array(
                 [[mean_of(shrinkage.treated[name, form, n, s]) for s in shrinkage.noises] for n in shrinkage.counts]
             )
-            colour = GREY if name in ("random", "echo") else COLOURS[i % len(COLOURS)]
+            colour = {"random": GREY, "echo": INK}.get(name, COLOURS[i % len(COLOURS)])
+            style = {"random": ":", "echo": "--"}.get(name, "-")
             axes[0, k].plot(
-                shrinkage.counts, value[:, 1], marker="o", markersize=3, color=colour, label=name.replace("_", " ")
+                shrinkage.counts,
+                value[:, 1],
+                marker="o",
+                markersize=3,
+                linestyle=style,
+                color=colour,
+                label=name.replace("_", " "),
             )
             axes[0, k].fill_between(shrinkage.counts, value.min(1), value.max(1), color=colour, alpha=0.15, linewidth=0)
         axes[0, k].set_xticks(shrinkage.counts)

@@ -26,6 +26,12 @@ WORDS = {
     "another dictionary": "comes back with another dictionary of the same model",
     "trained on": "comes back in phantom-llava, whose tower was trained on from it",
 }
+VERDICTS = {
+    "pass": ("lies where it must", COLOURS[2]),
+    "fail": ("lies where it must not", COLOURS[1]),
+    "not tested": ("undecided", COLOURS[0]),
+}
+"""What a colour of the figure says, by verdict."""
 MARK = {"pass": "", "fail": " fails", "not tested": " ?"}
 
 Checks = Mapping[str, Mapping[str, Check]]
@@ -117,30 +123,32 @@ def _claim(words: str, checks: Mapping[str, Check]) -> Claim:
 
 def _figure(drawn: Mapping[str, Checks]) -> bytes:
     """Likeness less that of maps of different images, a row each: left of 0 is another map, right of it the same."""
-    names = sorted({m for checks in drawn.values() for m in checks}, key=lambda m: (not _anchor(m), m))
-    high = len(drawn) * (0.24 * len(names) + 1.0) + 0.3
+    of_row = {title: sorted(checks, key=lambda m: (not _anchor(m), m)) for title, checks in drawn.items()}
+    high = [0.24 * len(names) + 1.0 for names in of_row.values()]
     wide = max(len(_drawn(checks)) for checks in drawn.values())
-    figure, axes = canvas(len(drawn), wide, 2.7 * wide, high, sharey=True)
+    figure, axes = canvas(
+        len(drawn), wide, 2.7 * wide, sum(high) + 0.5, sharey="row", gridspec_kw={"height_ratios": high}
+    )
     for line, (title, checks) in zip(axes, drawn.items(), strict=True):
-        of = _drawn(checks)
+        of, names = _drawn(checks), of_row[title]
         for ax in line[len(of) :]:
             ax.set_axis_off()
         for ax, kind in zip(line, of, strict=False):
-            axes_of(ax, kind, "likeness, less that of other images", "")
+            must = "must lie left" if kind in DIFFERENT else "must lie right"
+            axes_of(ax, f"{kind}: {must}", "likeness, less that of other images", "").title.set_fontsize(8.5)
             ax.axvline(0, color=GREY, linewidth=0.8)
             for y, method in enumerate(names):
                 if kind not in checks.get(method, {}):
                     continue
                 check = checks[method][kind]
-                by_verdict = COLOURS[{"pass": 2, "fail": 1}.get(check.verdict, 0)]
-                colour = GREY if _anchor(method) else by_verdict
+                colour = GREY if _anchor(method) else VERDICTS[check.verdict][1]
                 ax.plot(np.array(check.ci95) - check.baseline, [y, y], color=colour, linewidth=1.2)
                 ax.plot(check.value - check.baseline, y, "o", color=colour, markersize=4)
             ax.set_xlim(-1.05, 1.05)
         line[0].set_yticks(range(len(names)), [m.replace("_", " ") for m in names])
+        line[0].set_ylim(-0.6, len(names) - 0.4)
         line[0].set_ylabel(title, fontsize=8)
-    figure.suptitle(
-        "must lie left in the first two columns, right in the others (green: it does; orange: it does not; "
-        "blue: undecided; anchors grey)", fontsize=8, color=GREY,
-    )  # fmt: skip
+    said = [*VERDICTS.values(), ("anchor, which explains nothing", GREY)]
+    keys = [axes[0, 0].plot([], [], "o-", color=colour, label=words, markersize=4)[0] for words, colour in said]
+    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), fontsize=9, frameon=False)
     return png(figure)
