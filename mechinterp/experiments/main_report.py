@@ -256,8 +256,8 @@ def picture(rows: Mapping[str, Sequence[Mapping[str, Any]]], shortcut: str) -> b
                 ax.plot(min(r[key], limits[1]), at, ">" if beyond else "o", markersize=3.2, color=COLOURS[place],
                         label=name if y == len(names) - 1 else None, clip_on=False)  # fmt: skip
                 if beyond:  # off the axis: the number instead of a place
-                    ax.annotate(f"{r[key]:.2f}", (limits[1], at), (-4, 0), textcoords="offset points", ha="right",
-                                va="center", fontsize=5, color=COLOURS[place])  # fmt: skip
+                    ax.annotate(f"{r[key]:.2f}", (limits[1], at), (-5 - 17 * (place % 2), 0), fontsize=5, ha="right",
+                                va="center", textcoords="offset points", color=COLOURS[place])  # fmt: skip
         ax.set_xlim(*limits)
     axes[0, 0].set_yticks(range(len(names)), [m.replace("_", " ") for m in names])
     for tick, method in zip(axes[0, 0].get_yticklabels(), names, strict=True):
