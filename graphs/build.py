@@ -123,7 +123,7 @@ def _meta(replacement: Replacement) -> dict[str, Any]:
         "mode": replacement.mode,
         "direction": replacement.direction,
         "dtype": str(replacement.dtype).removeprefix("torch."),
-        "freezes": list(frozen.freezes),
+        "freezes": list(replacement.freezes),
         "dictionaries": [
             {
                 "reads": str(placed.reads),

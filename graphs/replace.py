@@ -104,6 +104,14 @@ class Replacement:
         """Number of active features."""
         return sum(map(len, self.levels.values()))
 
+    @property
+    def freezes(self) -> tuple[str, ...]:
+        """Everything that is held: what the pass holds, and in SAE mode the gates of the MLPs that it goes through."""
+        if self.mode == "transcoder":
+            return self.frozen.freezes
+        blocks = [(stack.tower, block.layer) for stack in self.frozen.stacks for block in stack.blocks]
+        return (*self.frozen.freezes, *(f"gate of the MLP of {tower}.blocks.{layer}" for tower, layer in blocks))
+
     def _level(self, number: int, block: FrozenBlock, placed: Placed) -> Level:
         dictionary = _cast(placed.dictionary, self.dtype)
         if self.mode == "transcoder":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -14,6 +15,8 @@ from test_graphs_frozen_models import OUTPUTS, batch_of, model_of
 from test_graphs_sweep import dictionaries
 
 from graphs.build import build_graph
+from graphs.draw.png import caption
+from graphs.draw.scene import make_scene
 from graphs.frozen import freeze
 from graphs.frozen.parts import Readout
 from graphs.graph import AttributionGraph
@@ -277,3 +280,32 @@ def test_outputs_by_themselves_keep_their_weights():
     assert output_shares(mixed, mass).tolist() == pytest.approx([1 / 3, 1 / 4, 1 / 12, 1 / 3])
     assert output_shares([readout(0.0)] * 2, mass[:2]).tolist() == [0.5, 0.5]
     assert output_shares([readout(0.5, "a")] * 2, torch.zeros(2)).tolist() == [0.5, 0.5]
+
+
+def with_gate(frozen, number, layer, factor):
+    """The pass with the gate of one MLP times a factor."""
+    stack = frozen.stacks[number]
+    blocks = list(stack.blocks)
+    mlp = blocks[layer].mlp
+    blocks[layer] = replace(blocks[layer], mlp=replace(mlp, gate=mlp.gate * factor))
+    stacks = list(frozen.stacks)
+    stacks[number] = replace(stack, blocks=tuple(blocks))
+    return replace(frozen, stacks=tuple(stacks))
+
+
+@pytest.mark.parametrize("mode", ["transcoder", "sae"])
+def test_the_gates_that_a_graph_holds_are_named(mode):
+    """The freezes name the gate of an MLP exactly where the edges would be others if the gate were."""
+    frozen = bridged_pass()
+    given = dictionaries(frozen, "sae" if mode == "sae" else "plain")
+    plain = build_graph(frozen, given, mode=mode, limit=float("inf"))
+    for number, stack in enumerate(frozen.stacks):
+        for block in stack.blocks:
+            moved = build_graph(with_gate(frozen, number, block.layer, 1.5), given, mode=mode, limit=float("inf"))
+            other = moved.weights.values().shape != plain.weights.values().shape
+            other = other or not torch.equal(moved.weights.values(), plain.weights.values())
+            named = f"gate of the MLP of {stack.tower}.blocks.{block.layer}" in plain.meta["freezes"]
+            assert named == other == (mode == "sae"), (stack.tower, block.layer)
+    assert set(frozen.freezes) <= set(plain.meta["freezes"])
+    words = caption(plain, make_scene(plain))[-1]
+    assert ("MLP gates are held" in words) == (mode == "sae")

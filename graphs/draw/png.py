@@ -350,8 +350,9 @@ def caption(graph: AttributionGraph, scene: Scene) -> list[str]:
         shown += f", {scene.hidden_boxes} weaker ones not (of {most} of the influence at most)"
     shown += f"; {len(scene.top_patches)} patches with lines" if scene.grid else ""
     lines.append(f"{shown}. Lines carry {_percent(scene.line_share)} of the flow; errors, positions, biases have none.")
+    held = "patterns, norms and MLP gates" if graph.meta.get("mode") == "sae" else "patterns and norms"
     lines.append(
-        "Attention patterns and norms are held at their values on this input: why attention looks where it does is not "
+        f"Attention {held} are held at their values on this input: why attention looks where it does is not "
         "explained.  Research use only. Not a medical device."
     )
     return lines

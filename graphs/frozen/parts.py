@@ -197,7 +197,8 @@ class Readout:
 class FrozenPass:
     """All of it for one input: stacks (one that a bridge reads stands before the bridge's own), and outputs.
 
-    `freezes` names every value that is held: hook names, and in words what has no hook.
+    `freezes` names every value that is held: hook names, and in words what has no hook. The MLPs of the pass are for a
+    `Replacement` to replace or to go through; where it goes through them, its own `freezes` has their gates too.
     """
 
     stacks: tuple[Stack, ...]
