@@ -212,6 +212,26 @@ def test_a_pinned_node_stays(page, shown):
     assert count(page, node(key)) == 0
 
 
+def test_pins_follow_the_nodes(page, shown):
+    """A pinned feature is pinned at each of its places, and together again; what is unpinned apart stays unpinned."""
+    key, members = shown
+    page.click(node(key))
+    page.click("#pin")
+    page.press("Escape")
+    page.click("#together")
+    page.value("document.getElementById('nodes').value = 1")
+    page.value("document.getElementById('nodes').dispatchEvent(new Event('input'))")
+    found = page.value("Array.from(document.querySelectorAll('.node.pinned')).map(n => n.dataset.key)")
+    assert len(members) > 1 and sorted(found) == sorted(members)
+    page.value("document.getElementById('together').click()")
+    assert count(page, node(key) + ".pinned") == 1 == count(page, ".node.pinned")
+    page.click(node(key))
+    page.click("#pin")
+    page.press("Escape")
+    page.value("document.getElementById('together').click()")
+    assert count(page, ".node.pinned") == 0
+
+
 def test_a_group_is_made_named_and_dissolved(page, graph):
     keys = page.value(
         "Array.from(document.querySelectorAll('.node')).map(n => n.dataset.key)"

@@ -91,13 +91,14 @@
     while (n < sorted.length && sum < part * total - 1e-12) sum += value(sorted[n++]);
     return sorted.slice(0, n);
   }
+  function isPinned(u) { return u.members.some((i) => state.pinned.has(i)); }
   function choose() {
     const part = byId("nodes").value / 100, flow = byId("edges").value / 100;
     const free = units.filter((u) => u.kind === "feature").sort((a, b) => b.inf - a.inf);
     const kept = new Set(part >= 1 ? free : share(free, (u) => u.inf, part));
     const patches = units.filter((u) => u.kind === "patch").sort((a, b) => b.inf - a.inf).slice(0, 12);
     units.forEach((u) => {
-      u.shown = u.kind === "output" || u.kind === "token" || kept.has(u) || state.pinned.has(u.key) || (u.quiet && byId("quiet").checked && u.inf > 0.001) || patches.includes(u) || state.chosen.includes(u.key);
+      u.shown = u.kind === "output" || u.kind === "token" || kept.has(u) || isPinned(u) || (u.quiet && byId("quiet").checked && u.inf > 0.001) || patches.includes(u) || state.chosen.includes(u.key);
     });
     const open = lines.filter((l) => l.a.shown && l.b.shown);
     const drawn = new Set(flow >= 1 ? open : share(open, (l) => l.score, flow));
@@ -298,7 +299,7 @@
       const fits = words.length > 0 && words.every((w) => u.words.includes(w));
       u.g.classList.toggle("found", fits);
       u.g.classList.toggle("chosen", state.chosen.includes(u.key));
-      u.g.classList.toggle("pinned", state.pinned.has(u.key));
+      u.g.classList.toggle("pinned", isPinned(u));
       u.g.classList.toggle("dim", (words.length > 0 && !fits) || (first.length > 0 && !near.has(u)));
       u.g.setAttribute("tabindex", u.key === state.focus ? 0 : -1);
       u.g.setAttribute("aria-pressed", String(state.chosen.includes(u.key)));
@@ -376,8 +377,8 @@
     tag("h3", {}, panel, u.name);
     tag("p", { class: "mono" }, panel, one ? u.first.id : u.members.slice(0, 6).map((i) => nodes[i].id).join(", ") + (u.members.length > 6 ? ` and ${u.members.length - 6} more` : ""));
     const buttons = tag("p", { class: "buttons" }, panel);
-    const pin = tag("button", { type: "button", id: "pin", "aria-pressed": String(state.pinned.has(u.key)) }, buttons, state.pinned.has(u.key) ? "Unpin" : "Pin");
-    pin.addEventListener("click", () => togglePin(u.key));
+    const pin = tag("button", { type: "button", id: "pin", "aria-pressed": String(isPinned(u)) }, buttons, isPinned(u) ? "Unpin" : "Pin");
+    pin.addEventListener("click", () => togglePin(u));
     const table = tag("table", { class: "kv" }, panel);
     row(table, "kind", u.kind + (one ? "" : `, ${u.members.length} places`));
     row(table, "tower, layer", u.tower + (isFinite(u.layer) && u.layer >= 0 ? ", " + u.layer : ""));
@@ -419,8 +420,10 @@
     const u = spots.get(key);
     if (u && u.g) u.g.focus({ preventScroll: true });
   }
-  function togglePin(key) {
-    if (state.pinned.has(key)) state.pinned.delete(key); else state.pinned.add(key);
+  // pins belong to the graph's nodes, so that they stay when these are drawn together, apart, or as a group
+  function togglePin(u) {
+    const was = isPinned(u);
+    u.members.forEach((i) => { if (was) state.pinned.delete(i); else state.pinned.add(i); });
     draw(); details();
   }
   function askName() {
@@ -509,7 +512,7 @@
     const u = spots.get(state.focus);
     const onNode = event.target.closest && event.target.closest(".node");
     if (!u || !onNode) return;
-    if (event.key === "p" || event.key === "P") { togglePin(u.key); focusNode(u.key); return; }
+    if (event.key === "p" || event.key === "P") { togglePin(u); focusNode(u.key); return; }
     if (event.key === "Enter" || event.key === " ") { event.preventDefault(); select(u.key, event.shiftKey); return; }
     if (event.key.startsWith("Arrow")) {
       event.preventDefault();
