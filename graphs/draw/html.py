@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from graphs.draw.notes import notes_of
 from graphs.draw.png import caption, title_of
 from graphs.draw.scene import Names, feature_names, feeds_of, grid_of, make_scene, output_name, patch_of, quoted
 from graphs.influence import edges_of, influence, known_effect, output_weights, shares
@@ -87,6 +88,7 @@ def page_of(
         "graph.js",
         title=title or title_of(graph),
         subtitle=" · ".join(part for part in below if isinstance(part, str) and part),
+        notes=notes_of(graph),
         start=_start([box.influence for box in scene.boxes if box.kind == NodeType.FEATURE]),
         grid=grid,
         image=data_uri(thumbnail(np.clip(image, 0, 1), side=480)) if image is not None and grid else None,

@@ -80,7 +80,7 @@ def place(
     scene: Scene,
     sizes: list[tuple[float, float]],
     width: float = 1600.0,
-    top: float = 90.0,
+    top: float = 102.0,
     bottom: float = 110.0,
     image_side: float = 300.0,
 ) -> Layout:

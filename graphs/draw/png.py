@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from graphs.draw.notes import notes_of
 from graphs.draw.place import Layout, Spot, place
 from graphs.draw.scene import Box, Names, Scene, certificate, make_scene
 from graphs.nodes import NodeType
@@ -25,7 +26,7 @@ __all__ = ["Drawn", "draw", "figure_of"]
 
 INK, SOFT, FAINT = "#202124", "#5f6368", "#9aa0a6"
 UP, DOWN = "#c2410c", "#1f5fa8"
-"""Raises the output, lowers it: orange and blue, told apart by every kind of colour vision."""
+"""Raises, lowers: orange and blue, told apart by every kind of colour vision."""
 NAME, DETAIL, TITLE = 8.6, 7.4, 15.0  # points at 100 dots an inch
 THUMB, PAD, MOST_NAME, MOST_DETAIL = 32.0, 6.0, 30, 34
 _HOT = np.array([[0.99, 0.75, 0.15], [0.93, 0.33, 0.10], [0.75, 0.05, 0.20]])
@@ -285,13 +286,13 @@ def _draw_rows(axes: Any, scene: Scene, layout: Layout) -> None:
 def _draw_legend(axes: Any, layout: Layout) -> None:
     """How to read the page, at its upper right."""
     left, y = layout.width - 24 - 410, layout.height - 26
-    for at, text, colour in ((left, "raises the next node", UP), (left + 180, "lowers it", DOWN)):
+    for at, text, colour in ((left, "raises", UP), (left + 110, "lowers", DOWN)):
         axes.plot([at, at + 30], [y, y], color=colour, linewidth=3, solid_capstyle="butt", zorder=4)
         axes.text(at + 38, y, text, fontsize=DETAIL + 0.4, color=SOFT, va="center")
     for k, text in enumerate(
         (
-            "Lines: direct effect on the next node; width: influence along the line.",
-            "Frames: total effect on the output; bar: influence through the node.",
+            "Lines: the next node, directly; width: influence along the line.",
+            "Frames: the output, in total; bar: influence through the node.",
         )
     ):
         axes.text(left, y - 17 - 14 * k, text, fontsize=DETAIL + 0.4, color=SOFT, va="center")
@@ -308,6 +309,8 @@ def _draw_words(axes: Any, graph: AttributionGraph, scene: Scene, layout: Layout
     below += [f"image {meta['image']}" if isinstance(meta.get("image"), str) else ""]
     below = clean(_short("   ".join(part for part in below if part), 170))
     axes.text(24, top - 26, below, fontsize=NAME + 0.6, color=SOFT, va="center", parse_math=False)
+    notes = clean("   ".join(notes_of(graph)))
+    axes.text(24, top - 43, notes, fontsize=NAME + 0.6, color=INK, va="center", parse_math=False)
     for k, line in enumerate(caption(graph, scene)):
         axes.text(24, 80 - 17 * k, line, fontsize=NAME, color=SOFT, va="center", parse_math=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from mechinterp.audit.graph_pictures import gallery_of
 from mechinterp.audit.graphing import BUDGET, EFFECTS, ImageGraph, asked_for, graph_of
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
-from mechinterp.storage import discard_earlier, write_json
+from mechinterp.storage import discard_earlier, read_json, write_json
 from mechinterp.types import Placed
 
 if TYPE_CHECKING:
@@ -91,8 +91,10 @@ def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data
         lines += _attention(made, wishes, out)
     if wishes.causal or chosen:
         lines += _tested(made, wishes, chosen, out)
+    tested = read_json(out / "causal.json")["report"]["mediation"] if wishes.causal else "NOT TESTED"
+    whole, pruned = (replace(graph, meta={**graph.meta, "mediation": tested}) for graph in (made.whole, made.pruned))
     gallery = gallery_of(model, made.pruned, placed, target, data, wishes.seed)
-    write_folder(made.whole, made.pruned, made.image, out, names, gallery, groups)
+    write_folder(whole, pruned, made.image, out, names, gallery, groups)
     return "\n".join(lines)
 
 
@@ -171,13 +173,14 @@ def members_of(graph: AttributionGraph, text: str, groups: Supernodes, names: Ma
 
 
 def _said(made: ImageGraph) -> list[str]:
+    from graphs.draw.notes import halves_of
+
+    halves = halves_of(made.pruned)
     scores, most = made.pruned.meta["scores"], made.whole.meta["max_relative_residual"]
     values = ", ".join(f"{o.name} {o.value:+.3f}" for o in made.pruned.outputs)
-    names = [o.name for o in made.pruned.outputs]
-    if len(names) > 1 and all(" half" in name for name in names):
-        values += " (the image half is the whole score, and the text halves together are it again)"
     return [
         f"{made.model.label} on {made.batch.ids[0]}: {values}",
+        *([f"  {halves}"] if halves else []),
         f"  {len(made.whole.nodes)} nodes, {made.whole.n_edges} edges; pruned to {len(made.pruned.nodes)} and "
         f"{made.pruned.n_edges}",
         f"  every row adds up to {most:.1e}; completeness {scores['completeness']:.3f} (counting inputs "
