@@ -87,6 +87,7 @@ def test_the_command_writes_a_whole_folder(picture, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} >= FILES and verify_folder(out) == []
     graph = json.loads((out / "graph.json").read_text())
     assert graph["max_relative_residual"] < 1e-5 and 0 < graph["replacement"] <= 1
+    assert graph["meta"]["mediation"] == "NOT TESTED"  # by interventions
     assert "vision.blocks.0.attn.hook_pattern" in graph["freezes"] and 0 < graph["completeness"] <= 1
     assert {"id", "type", "tower", "layer", "position", "feature", "activation", "influence", "label"} <= set(
         graph["nodes"][0]
@@ -229,6 +230,7 @@ def test_pictures_show_where_a_feature_fires(made):
     gallery = gallery_of(made.model, made.pruned, made.dictionaries, made.target)
     assert 0 < len(gallery) <= 6
     drawn = Phantom.sample(12, seed=10_000)
+    captions = [f"synthetic phantom {name.rpartition('/')[2].partition('.')[0]}, 100 %" for name in drawn.images]
     batch = made.model.prepare(drawn.render() / np.float32(255), [made.target])
     sites = [str(placed.reads) for placed in made.dictionaries if placed.reads.tower == "vision"]
     _, cache = made.model.run_with_cache(batch, names_filter=sites)
@@ -236,7 +238,7 @@ def test_pictures_show_where_a_feature_fires(made):
         feature = FeatureId.parse(key)
         (placed,) = [p for p in made.dictionaries if p.writes == feature.site]
         strength = placed.dictionary.encode(cache[str(placed.reads)])[..., feature.index].amax(1)
-        assert shots[0][0].startswith(b"\xff\xd8") and shots[0][1] == f"{drawn.images[int(strength.argmax())]}, 100 %"
+        assert shots[0][0].startswith(b"\xff\xd8") and shots[0][1] == captions[int(strength.argmax())]
 
 
 def test_a_feature_has_no_pictures_where_nothing_may_be_shown(made, tmp_path):

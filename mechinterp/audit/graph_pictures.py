@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,7 +42,8 @@ def gallery_of(
         graph: best pruned.
         dictionaries: of the graph.
         target: what a generative model is asked meanwhile.
-        data: where images are taken from, at most one a patient and only what may be shown; default a phantom.
+        data: where images are taken from, at most one a patient and only what may be shown; default a phantom, and
+            then the captions say that it is one.
         seed: which images.
 
     Returns JPEGs with captions (image, activation as a share of the largest) by feature
@@ -80,7 +82,7 @@ def _images(data: ImageData | None, seed: int) -> tuple[Float[np.ndarray, "n hei
         from mechinterp.data.phantom import Phantom
 
         drawn = Phantom.sample(IMAGES, seed=10_000 + seed)
-        return drawn.render() / np.float32(255), tuple(drawn.images)
+        return drawn.render() / np.float32(255), tuple(f"synthetic phantom {Path(name).stem}" for name in drawn.images)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(data.may_show))
     first = np.unique(np.asarray(data.patients)[order], return_index=True)[1]
     rows = order[np.sort(first)][:IMAGES]
