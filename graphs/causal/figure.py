@@ -11,14 +11,21 @@ from graphs.causal.suppression import Measured, Suppression
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["draw_suppression"]
+__all__ = ["draw_suppression", "suppression_figure"]
 
 BEFORE, AFTER, RANDOM = "#4a4a4a", "#c0392b", "#8fa8bf"
 
 
 def draw_suppression(found: Suppression, path: Path | str, title: str = "") -> Path:
-    """Write the figure (the ending of `path` says which format). Returns the path.
+    """Write `suppression_figure` (the ending of `path` says which format). Returns the path."""
+    suppression_figure(found, title).savefig(path, dpi=150)
+    return Path(path)
+
+
+def suppression_figure(found: Suppression, title: str = "") -> Figure:
+    """The figure of one suppression.
 
     One row for each supernode (activation, as a share of the larger of before and after) and for each output (its own
     units): a grey bar where it stood, a red bar where the suppression took it, a blue dot for each random supernode.
@@ -38,8 +45,7 @@ def draw_suppression(found: Suppression, path: Path | str, title: str = "") -> P
     axes[0].set_title(f"{title or said}\np: change against the random supernodes", loc="left", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    return figure
 
 
 def _rows(axis: Axes, rows: list[Measured], shares: bool) -> None:
