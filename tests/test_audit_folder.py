@@ -85,6 +85,7 @@ def test_a_folder_without_dictionaries_is_audited_and_its_dictionary_is_kept(
     kept = sorted(p for p in (cache / "dictionaries").rglob("*") if p.is_file())
     times = {path: path.stat().st_mtime_ns for path in kept}
     monkeypatch.setenv("MECHINTERP_CACHE", str(cache))
+    monkeypatch.setattr(dictionaries, "STEPS", 500)
     folder, data = map(str, stranger)
     assert main(["audit", folder, "--data", data, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     assert "report:" in capsys.readouterr().out
