@@ -99,7 +99,7 @@ def test_the_command_in_the_report_prints_the_numbers_of_the_audit(first, strang
     said = re.search(r"<code>(mechinterp iq .*?)</code>", (first[0] / "report.html").read_text())
     assert said is not None
     words = shlex.split(html.unescape(said[1]))[1:]
-    assert words == [*"iq model --data toy --target finding --seed 0 --images 6 --masks mark".split()]
+    assert words == [*"iq model --data FOLDER --target finding --seed 0 --images 6 --masks mark".split()]
     words[1], words[3] = map(str, stranger)
     command = [*words, "--methods", "occlusion,gradient_times_input,random"]
     assert main([*command, "--out", str(tmp_path / "iq")]) == 0, capsys.readouterr().err
