@@ -197,8 +197,8 @@ def constrained(member: Tensor, score: Tensor) -> Tensor:
 
 
 FEWER = (18, 24)
-"""Points put where the score turns: so many keep every element within 1e-5 of the score's difference, on this image
-and on all images of `path_points`."""
+"""Points put where the score turns: either keeps every element of this image within 1e-5 of the score's difference; on
+the images of `path_points` 24 do, and 18 for most (the worst is off by 1.3e-4)."""
 OURS: dict[str, Callable[[Question], Tensor]] = {
     f"integrated gradients, {STEPS} points": lambda q: gradients.integrated_gradients(
         q, torch.Generator(), steps=STEPS
