@@ -275,8 +275,9 @@ def test_a_chosen_feature_is_suppressed(made, tmp_path):
     features = made.pruned.nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
     name = made.pruned.nodes.ids[max(features, key=lambda i: float(made.pruned.nodes.influence[i]))]
     members = members_of(made.whole, name, Supernodes(), {})
-    (said,) = graph_command._tested(made, Wishes("consolidation", suppress=name), members, tmp_path)
+    (said,), written = graph_command._tested(made, Wishes("consolidation", suppress=name), members, tmp_path)
     found = json.loads((tmp_path / "causal.json").read_text())
+    assert found.keys() == written.keys()
     assert name in said and "report" not in found and (tmp_path / "suppress.png").exists()
     assert found["suppression"]["members"] == 1 and found["suppression"]["factor"] == -1.0
     (score,) = [m for m in found["suppression"]["measured"] if m["kind"] == "output"]

@@ -96,7 +96,8 @@ def test_a_causal_report_runs_on_a_classifier(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(graph_command, "EFFECTS", 8)
     model = vit()
     made = graph_of(model, image()[0], CAPTIONS, random_transcoders(model, torch.float32), max_features=40)
-    assert graph_command._tested(made, Wishes("pneumonia", causal=True), None, tmp_path)
+    lines, written = graph_command._tested(made, Wishes("pneumonia", causal=True), None, tmp_path)
+    assert lines and "note" in written["report"]["mediation"]
     found = json.loads((tmp_path / "causal.json").read_text())
     assert found["report"]["pairs"]["constrained_error"] < 1e-4
     (score,) = [m for m in found["suppression"]["measured"] if m["kind"] == "output"]

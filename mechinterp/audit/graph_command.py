@@ -13,7 +13,7 @@ from mechinterp.audit.graph_pictures import gallery_of
 from mechinterp.audit.graphing import BUDGET, EFFECTS, ImageGraph, asked_for, graph_of
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
-from mechinterp.storage import discard_earlier, read_json, write_json
+from mechinterp.storage import discard_earlier, write_json
 from mechinterp.types import Placed
 
 if TYPE_CHECKING:
@@ -89,10 +89,12 @@ def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data
         lines += _paths(made, wishes.paths, names, out)
     if wishes.attention:
         lines += _attention(made, wishes, out)
+    mediation: dict[str, Any] | str = "NOT TESTED"
     if wishes.causal or chosen:
-        lines += _tested(made, wishes, chosen, out)
-    tested = read_json(out / "causal.json")["report"]["mediation"] if wishes.causal else "NOT TESTED"
-    whole, pruned = (replace(graph, meta={**graph.meta, "mediation": tested}) for graph in (made.whole, made.pruned))
+        said, written = _tested(made, wishes, chosen, out)
+        lines += said
+        mediation = written["report"]["mediation"] if wishes.causal else mediation
+    whole, pruned = (replace(graph, meta={**graph.meta, "mediation": mediation}) for graph in (made.whole, made.pruned))
     gallery = gallery_of(model, made.pruned, placed, target, data, wishes.seed)
     write_folder(whole, pruned, made.image, out, names, gallery, groups)
     return "\n".join(lines)
@@ -278,8 +280,13 @@ def _edges(made: ImageGraph, replacement: Replacement) -> list[dict[str, Any]]:
     ]
 
 
-def _tested(made: ImageGraph, wishes: Wishes, chosen: Sequence[int] | None, out: Path) -> list[str]:
-    """causal.json and suppress.png: the causal report where it is asked for, and the suppression of a group."""
+def _tested(
+    made: ImageGraph, wishes: Wishes, chosen: Sequence[int] | None, out: Path
+) -> tuple[list[str], dict[str, Any]]:
+    """causal.json and suppress.png: the causal report where it is asked for, and the suppression of a group.
+
+    Returns the lines to print, and what causal.json holds.
+    """
     from graphs.causal import Lab, draw_suppression, predicted, report, suppress
     from graphs.nodes import NodeType
 
@@ -302,7 +309,7 @@ def _tested(made: ImageGraph, wishes: Wishes, chosen: Sequence[int] | None, out:
     draw_suppression(done, out / "suppress.png")
     write_json(out / "causal.json", written)
     changes = "; ".join(f"{m.name} {m.before:.2f} to {m.after:.2f} (p = {m.p:.3f})" for m in done.measured)
-    return [*lines, f"  {name} ({len(members)} nodes) set to minus their activation: {changes}"]
+    return [*lines, f"  {name} ({len(members)} nodes) set to minus their activation: {changes}"], written
 
 
 def _reported(found: Any) -> list[str]:
