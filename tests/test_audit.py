@@ -12,15 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mechinterp.audit import Settings, audit
+from mechinterp.audit import Settings, audit, standing
 from mechinterp.audit import dictionary as dictionaries
 from mechinterp.audit.ablation import ablation_table
-from mechinterp.audit.candidates import Candidate, Observed, gap_beside
-from mechinterp.audit.causal import Causal, Harm
+from mechinterp.audit.candidates import Candidate, Observed, gap_beside, observe
+from mechinterp.audit.causal import Causal, Harm, Trial
 from mechinterp.audit.defaults import default_data
 from mechinterp.audit.evidence import Evidence
 from mechinterp.audit.probe import logistic_scores
-from mechinterp.audit.shortcuts import Case, _causal_p
+from mechinterp.audit.shortcuts import Case, _causal_p, _hold_the_lead_equal
+from mechinterp.audit.standing import Standing, stands_for
 from mechinterp.audit.verdicts import rule, worst
 from mechinterp.data import Attribute, open_data
 from mechinterp.errors import DataError, UsageError
@@ -57,11 +58,13 @@ def shortcut_model():
 
 @pytest.fixture(scope="module")
 def verdicts(cache, cohort, shortcut_model, tmp_path_factory):
-    """The audits of the model that leans on the mark and of its clean twin."""
-    out = tmp_path_factory.mktemp("out")
+    """Audits of the model that leans on the mark, and of its clean twin on as many images and on three times more."""
+    out, clean = tmp_path_factory.mktemp("out"), trained_clip(0.0)
+    many = open_data(write_cohort(tmp_path_factory.mktemp("many") / "data", n=1440))
     return {
         "shortcut": audit(shortcut_model, cohort, out=out / "shortcut", settings=QUICK),
-        "clean": audit(trained_clip(0.0), cohort, out=out / "clean", settings=QUICK),
+        "clean": audit(clean, many, out=out / "clean", settings=QUICK),
+        "clean, few images": audit(clean, cohort, out=out / "few", settings=QUICK),
     }
 
 
@@ -74,6 +77,7 @@ def test_a_planted_shortcut_fails_and_its_features_look_at_the_mark(verdicts):
     assert row["verdict"] == "FAIL", row["reason"]
     assert row["causal_effect"] > 0.25 and row["causal_ci95"][0] > 0 and row["causal_p"] < 0.05
     assert row["harm_auroc_gap"] > 0.05 and row["detectable_auroc"] > 0.95
+    assert row["removed_share_ci95"][0] > 0.5 > abs(row_of(verdicts["shortcut"], "sex=M")["removed_share"] or 0.0)
     cards = {card["id"]: card for card in verdicts["shortcut"].record["features"]}
     named = [cards[feature] for feature in row["features"] if feature in cards]
     assert named and all(card["best_attribute"] == "mark" for card in named)
@@ -84,6 +88,15 @@ def test_the_clean_twin_does_not_fail(verdicts):
     for row in verdicts["clean"].record["shortcuts"]:
         assert row["verdict"] != "FAIL", row["reason"]
     assert row_of(verdicts["clean"], "mark")["verdict"] == "PASS"
+
+
+def test_a_clean_model_is_not_cleared_without_power(verdicts):
+    """The mark's features hold little of it: that removing them moves nothing is no PASS, nor is a wide score gap."""
+    row = row_of(verdicts["clean, few images"], "mark")
+    assert row["verdict"] == "NOT TESTED" and "do not stand for it" in row["reason"]
+    assert abs(row["causal_effect"]) < 0.25 and row["removed_share_ci95"][0] < 0.5 and row["detectable_gap"] > 0.25
+    power = verdicts["clean, few images"].record["questions"][-1]
+    assert power["verdict"] == "CONCERN" and f"{row['detectable_gap']:.2f}" in power["answer"]
 
 
 def test_attributes_that_nothing_depends_on_do_not_fail(verdicts):
@@ -163,8 +176,12 @@ def hurt(gap=0.2, reach=0.05):
     return Harm(0.9, 0.9 - gap, gap, (gap - reach, gap + reach), 0.0, gap, (gap - reach, gap + reach))
 
 
-def verdict(observed, causal, harmed, p=0.001, kind="acquisition", gap_p=0.001):
-    return rule(kind, observed, gap_p, causal, p, harmed, Settings()).verdict
+def stands(share=0.8, reach=0.1):
+    return Standing(share, (share - reach, share + reach))
+
+
+def verdict(observed, causal, harmed, p=0.001, kind="acquisition", gap_p=0.001, standing=None):
+    return rule(kind, observed, gap_p, causal, p, harmed, standing or stands(), Settings()).verdict
 
 
 def test_every_verdict_has_its_reasons():
@@ -184,6 +201,61 @@ def test_every_verdict_has_its_reasons():
     assert verdict(seen(0.6), None, None) == "CONCERN"
     assert verdict(seen(float("nan"), cell=0), None, None, gap_p=float("nan")) == "NOT TESTED"
     assert worst([]) == "NOT TESTED" and worst(["PASS", "NOT TESTED"]) == "NOT TESTED"
+
+
+def test_features_clear_an_attribute_as_far_as_they_stand_for_it():
+    """A small effect is no PASS where the removal left the attribute there, unless the score itself shows no gap."""
+    weak, nothing, unsure = stands(0.05), Standing(float("nan"), (float("nan"), float("nan"))), stands(0.9, 0.5)
+    for shares in (weak, nothing, unsure):
+        assert verdict(seen(0.0, 0.5), found(0.05, 0.05), hurt(), gap_p=0.9, standing=shares) == "NOT TESTED"
+        assert verdict(seen(0.0), found(0.05, 0.05), hurt(), gap_p=0.9, standing=shares) == "PASS"
+    assert verdict(seen(0.0, 0.5), found(0.05, 0.05), hurt(), gap_p=0.9) == "PASS"
+    # [0.10, 0.20] of 70 % is up to 0.29 of the whole
+    assert verdict(seen(0.0, 0.5), found(0.15, 0.05), hurt(), gap_p=0.9) == "NOT TESTED"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_taken_out_is_what_was_taken_out(share, monkeypatch):
+    """Embeddings that lose a known share of an attribute's direction: the probe, fitted on others, reads that share."""
+    rng = np.random.default_rng(1)
+    n, d = 600, 12
+    value, label = rng.integers(0, 2, (2, n)).astype(float)
+    direction = rng.normal(size=d)
+    embedding = rng.normal(size=(n, d)) + np.outer(label, rng.normal(size=d)) + np.outer(value, direction)
+    test = np.arange(n) >= 300
+    evidence = Mock(spec=Evidence, test=test, embedding=embedding)
+    rows = np.flatnonzero(test)
+    bootstrap = PatientBootstrap.of(rows.astype(str), draws=300, seed=0)
+    trial = Mock(spec=Trial, position=rows, labels=label[rows], bootstrap=bootstrap)
+    taken = embedding[rows] - share * np.outer(value[rows], direction)
+    monkeypatch.setattr(standing, "_without", lambda trial, features: taken)
+    told = stands_for(trial, Candidate(Attribute("drain", "drain", "acquisition", value), value), (1,), evidence)
+    assert abs(told.share - share) < 0.1 and told.ci95[0] <= told.share <= told.ci95[1]
+    assert told.enough is (share == 1.0)
+    still = Candidate(Attribute("never", "never", "acquisition", 0 * value), 0 * value)
+    assert np.isnan(stands_for(trial, still, (1,), evidence).share)
+
+
+def test_the_other_gaps_are_taken_with_the_lead_held_equal():
+    """What the score follows is no noise for the rest: an attribute that plays no part has a far narrower interval."""
+    rng = np.random.default_rng(0)
+    n = 600
+    drain, sex, label = rng.integers(0, 2, (3, n)).astype(float)
+    score = 1.5 * drain + label + 0.2 * rng.normal(size=n)
+    known = {"test": np.ones(n, bool), "labels": label, "score": score, "sd": 1.0, "embedding": rng.normal(size=(n, 2))}
+    evidence = Mock(spec=Evidence, **known)
+    bootstrap = PatientBootstrap.of(np.arange(n).astype(str), draws=500, seed=0)
+    cases = [
+        Case(Candidate(Attribute(name, name, "acquisition", values), values), ())
+        for name, values in (("sex", sex), ("drain", drain))
+    ]
+    before = [observe(case.candidate, evidence, bootstrap, Settings()) for case in cases]
+    for case, observed in zip(cases, before, strict=True):
+        case.observed = observed
+    _hold_the_lead_equal(cases, evidence, bootstrap, Settings())
+    sex_now, drain_now = (case.observed for case in cases)
+    assert sex_now and sex_now.beside == "drain" and sex_now.gap_error < before[0].gap_error / 3
+    assert drain_now is before[1]
 
 
 def test_a_gap_that_another_attribute_explains_is_taken_again_beside_it():

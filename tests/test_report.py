@@ -62,7 +62,8 @@ def shortcut(name: str, verdict: str = "FAIL", **changes: Any) -> dict[str, Any]
         **{"association_ci95": [0.8, 1.9], "observed_score_gap": 1.1, "observed_ci95": [0.9, 1.3], "smallest_cell": 20},
         **{"used_share": 0.2, "causal_effect": 0.9, "causal_ci95": [0.7, 1.1], "causal_p": 0.001},
         **{"causal_p_holm": 0.004, "causal_p_joint": 0.01, "effect_with_attribute": 0.9, "null_band": [-0.1, 0.1]},
-        **{"null_sets": 300, "detectable_effect": 0.1, "harm_auroc_gap": 0.2, "harm_ci95": [0.1, 0.3]},
+        **{"null_sets": 300, "detectable_effect": 0.1, "detectable_gap": 0.15, "removed_share": 0.8},
+        **{"removed_share_ci95": [0.7, 0.9], "harm_auroc_gap": 0.2, "harm_ci95": [0.1, 0.3]},
         **{"auroc_aligned": 0.9, "auroc_conflicting": 0.7, "gap_after_removal": 0.05, "recovered": 0.15},
         **{"recovered_ci95": [0.1, 0.2], "verdict": verdict, "reason": f"because of {name}"},
     }

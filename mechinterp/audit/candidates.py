@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy import stats
 
 from mechinterp.audit.evidence import Evidence
 from mechinterp.audit.probe import logistic_scores
@@ -61,6 +62,12 @@ class Observed:
     score_gap_ci95: Interval
     smallest_cell: int
     beside: str | None = None
+
+    @property
+    def gap_error(self) -> float:
+        """Standard error of the score gap, from its bootstrap interval taken as normal."""
+        low, high = self.score_gap_ci95
+        return float((high - low) / (2 * stats.norm.ppf(0.975)))
 
 
 def candidates(evidence: Evidence, data: ImageData, target: str) -> list[Candidate]:

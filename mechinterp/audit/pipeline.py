@@ -113,7 +113,7 @@ def audit(
     cases = choose_features(people, selectivity)
     trial = _trial(model, placed, tokens, asked, data, evidence, selectivity, settings, seed)
     try_candidates(cases, trial, evidence, bootstrap, settings, seed)
-    rows = [shortcut_row(case, trial) for case in cases]
+    rows = [shortcut_row(case, trial, settings) for case in cases]
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": {"id": model.label, "family": model.family, "sha256": model.sha256},

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 from mechinterp.audit.settings import Settings
+from mechinterp.audit.standing import ENOUGH
 from mechinterp.audit.verdicts import worst
 from mechinterp.metrics.statistics import holm
 
@@ -41,7 +42,7 @@ def _shortcuts(record: dict[str, Any]) -> dict[str, str]:
         case "CONCERN":
             answer = f"Possibly: {', '.join(named)}"
         case "PASS":
-            answer = "None of the candidates moves the score by more than the line"
+            answer = "The score follows none of the candidates by more than the line"
         case _:
             answer = "No candidate failed, but some could not be tested" if rows else "There is no candidate attribute"
     if verdict == "NOT TESTED" and counted["PASS"]:
@@ -112,19 +113,34 @@ def _drivers(record: dict[str, Any]) -> dict[str, str]:
 def _power(record: dict[str, Any], settings: Settings) -> dict[str, str]:
     question = "Could this audit have seen it?"
     power = record["power"]
-    if power["median"] is None:
+    if power["median_gap"] is None:
         return _line(question, "NOT TESTED", "No candidate could be tested", "power")
     said = (
-        f"Smallest detectable causal effect {power['median']:.2f} sd (median of {power['tested']} tested candidates; "
-        f"worst {power['largest']:.2f}), line {settings.effect_line:g}"
+        f"Smallest detectable score gap at the same label {power['median_gap']:.2f} sd (median of "
+        f"{len(power['smallest_detectable_gap'])} candidates; worst {power['largest_gap']:.2f}), line "
+        f"{settings.effect_line:g}"
     )
-    return _line(question, "PASS" if power["largest"] <= settings.effect_line else "CONCERN", said, "power")
+    if power["tested"]:
+        said += (
+            f"; effect of the features removed {power['median']:.2f} (worst {power['largest']:.2f}), and the removal "
+            f"took at least half of the attribute away for {power['stands']} of {power['tested']}"
+        )
+    worst_gap = max(power["largest_gap"], power["largest"] or 0.0)
+    return _line(question, "PASS" if worst_gap <= settings.effect_line else "CONCERN", said, "power")
 
 
 def power_of(rows: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """The `power` entry of audit.json: smallest detectable effects at alpha 0.05 and power 0.8, in sd of the score."""
-    each = {row["candidate"]: row["detectable_effect"] for row in rows if row.get("detectable_effect") is not None}
-    values = sorted(each.values())
+    """The `power` entry of audit.json: smallest detectable effects at alpha 0.05 and power 0.8, in sd of the score.
+
+    An effect is of the features removed, so it says as much of the attribute as they stand for; a gap is of the score
+    itself, at the same label.
+    """
+    each, gaps = (
+        {row["candidate"]: row[key] for row in rows if row.get(key) is not None}
+        for key in ("detectable_effect", "detectable_gap")
+    )
+    values, wide = sorted(each.values()), sorted(gaps.values())
+    stands = [row["candidate"] for row in rows if (row["removed_share_ci95"][0] or 0.0) >= ENOUGH]
     return {
         "alpha": 0.05,
         "power": 0.8,
@@ -135,6 +151,10 @@ def power_of(rows: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
         "tested": len(values),
         "median": float(np.median(values)) if values else None,
         "largest": values[-1] if values else None,
+        "stands": len(stands),
+        "smallest_detectable_gap": gaps,
+        "median_gap": float(np.median(wide)) if wide else None,
+        "largest_gap": wide[-1] if wide else None,
     }
 
 

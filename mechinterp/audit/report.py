@@ -16,6 +16,7 @@ import numpy as np
 
 from mechinterp.audit.catalogue import Heat
 from mechinterp.audit.figures import forest, performance_plot
+from mechinterp.audit.standing import ENOUGH
 from mechinterp.data import ImageData
 from mechinterp.pages.heat import heat_picture, thumbnail
 from mechinterp.pages.html import page, span
@@ -64,6 +65,7 @@ def render(
         "report.css",
         filters={"p": _p, "range": _range, "slug": _slug},
         r=record,
+        least_share=ENOUGH,
         figures=figures,
         galleries=galleries,
         failures=failures,

@@ -15,8 +15,9 @@ from mechinterp.audit.causal import Causal, Harm, Trial, causal_effect, harm, jo
 from mechinterp.audit.evidence import Evidence
 from mechinterp.audit.features import Selectivity, select
 from mechinterp.audit.settings import Settings
+from mechinterp.audit.standing import Standing, stands_for
 from mechinterp.audit.verdicts import Ruling, rule, suspicious
-from mechinterp.metrics.statistics import PatientBootstrap, holm
+from mechinterp.metrics.statistics import PatientBootstrap, holm, smallest_detectable_effect
 from mechinterp.progress import progress
 from mechinterp.types import FeatureId
 
@@ -32,6 +33,7 @@ class Case:
     observed: Observed | None = None
     causal: Causal | None = None
     harmed: Harm | None = None
+    standing: Standing | None = None
     adjusted_p: float = float("nan")
     gap_p: float = float("nan")
     together_p: float = float("nan")
@@ -60,6 +62,7 @@ def try_candidates(
         values = case.candidate.values[trial.position]
         case.causal = causal_effect(trial, case.features, push, values, evidence.activity, settings, seed)
         case.harmed = harm(trial, case.causal, values)
+        case.standing = stands_for(trial, case.candidate, case.features, evidence)
         if abs(case.causal.effect) >= settings.effect_line:
             wanted = max(settings.joint_sets, math.ceil(1.25 * len(testable) / settings.alpha))
             case.together_p = joint_p(trial, case.causal, case.features, values, evidence.activity, wanted, seed)
@@ -70,7 +73,8 @@ def try_candidates(
         assert case.observed is not None, "observed above"
         case.adjusted_p, case.gap_p = float(adjusted), float(gap)
         kind = case.candidate.attribute.kind
-        case.ruling = rule(kind, case.observed, case.gap_p, case.causal, case.adjusted_p, case.harmed, settings)
+        found = (case.causal, case.adjusted_p, case.harmed, case.standing)
+        case.ruling = rule(kind, case.observed, case.gap_p, *found, settings)
 
 
 def _causal_p(case: Case) -> float:
@@ -83,9 +87,10 @@ def _causal_p(case: Case) -> float:
 def _hold_the_lead_equal(
     cases: list[Case], evidence: Evidence, bootstrap: PatientBootstrap, settings: Settings
 ) -> None:
-    """Take the score gaps that matter again with the attribute of the largest gap held equal.
+    """Where a score gap matters, take all the others again with the attribute of the largest one held equal.
 
-    What goes with the attribute that the model follows, and is not followed itself, then shows no gap.
+    What goes with the attribute that the model follows, and is not followed itself, then shows no gap; and what that
+    attribute does to the score is noise no more, so the intervals of the others are as narrow as they can be.
     """
     gaps = holm(np.array([_gap_p(case.observed, settings) for case in cases]))
     seen = [
@@ -94,21 +99,27 @@ def _hold_the_lead_equal(
     if not seen:
         return
     lead, _ = max(seen, key=lambda pair: abs(pair[1].score_gap))
-    for case, observed in seen:
-        if case.candidate.attribute.column != lead.candidate.attribute.column:
-            case.observed = gap_beside(case.candidate, lead.candidate, observed, evidence, bootstrap, settings)
+    for case in cases:
+        if case.observed and case.candidate.attribute.column != lead.candidate.attribute.column:
+            case.observed = gap_beside(case.candidate, lead.candidate, case.observed, evidence, bootstrap, settings)
 
 
 def _gap_p(observed: Observed | None, settings: Settings) -> float:
     """Two-sided p of the observed score gap, from its bootstrap interval taken as normal."""
     if observed is None or observed.smallest_cell < settings.min_cell:
         return float("nan")
-    low, high = observed.score_gap_ci95
-    error = (high - low) / (2 * stats.norm.ppf(0.975))
+    error = observed.gap_error
     return float(2 * stats.norm.sf(abs(observed.score_gap) / error)) if error > 0 else float("nan")
 
 
-def shortcut_row(case: Case, trial: Trial) -> dict[str, Any]:
+def _detectable_gap(observed: Observed, settings: Settings) -> float | None:
+    """The score gap that the test images would have shown; None where there are too few of them."""
+    if observed.smallest_cell < settings.min_cell or not observed.gap_error > 0:
+        return None
+    return smallest_detectable_effect(observed.gap_error)
+
+
+def shortcut_row(case: Case, trial: Trial, settings: Settings) -> dict[str, Any]:
     """The row of audit.json of one attribute."""
     seen, causal, harmed = case.observed, case.causal, case.harmed
     assert seen is not None, "cases are tried before they are written"
@@ -138,6 +149,9 @@ def shortcut_row(case: Case, trial: Trial) -> dict[str, Any]:
         "null_band": list(causal.null_band) if causal else [None, None],
         "null_sets": causal.null_sets if causal else 0,
         "detectable_effect": causal and causal.detectable_effect,
+        "detectable_gap": _detectable_gap(seen, settings),
+        "removed_share": case.standing and case.standing.share,
+        "removed_share_ci95": list(case.standing.ci95) if case.standing else [None, None],
         "harm_auroc_gap": harmed and harmed.gap,
         "harm_ci95": list(harmed.gap_ci95) if harmed else [None, None],
         "auroc_aligned": harmed and harmed.aligned,

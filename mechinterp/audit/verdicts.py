@@ -10,6 +10,7 @@ import numpy as np
 from mechinterp.audit.candidates import Observed
 from mechinterp.audit.causal import Causal, Harm
 from mechinterp.audit.settings import Settings
+from mechinterp.audit.standing import ENOUGH, Standing
 from mechinterp.metrics.statistics import Interval
 
 __all__ = ["Ruling", "Verdict", "rule", "suspicious", "within", "worst"]
@@ -49,6 +50,7 @@ def rule(
     causal: Causal | None,
     adjusted_p: float,
     harmed: Harm | None,
+    standing: Standing | None,
     settings: Settings,
 ) -> Ruling:
     """The verdict of one attribute.
@@ -58,7 +60,9 @@ def rule(
     label, and AUROC is at least `harm_line` lower where the attribute contradicts the label (interval without 0).
     CONCERN: they move it without proof of harm; or the score follows the attribute at the same truth by no feature
     that we found. A finding that goes with the target can be a medical reason, so it is never FAIL.
-    PASS: the interval of the effect lies within the line, and the score does not follow the attribute.
+    PASS: nothing of the above, the interval of the effect lies within the line, and one of two things shows that this
+    is no blindness: the interval of the score gap lies within the line too, or the features stand for the attribute
+    (`Standing.enough`) and the interval stays within the line when the effect is taken in proportion to the whole.
     NOT TESTED: everything else, with what was missing.
     """
     line = settings.effect_line
@@ -93,9 +97,22 @@ def rule(
         return Ruling("CONCERN" if suspicious(observed, gap_p, settings) else "NOT TESTED", said)
     if suspicious(observed, gap_p, settings):
         return Ruling("CONCERN", f"{seen}, which the features found do not account for ({proof}; {against})")
-    if within(causal.ci95, line):
-        return Ruling("PASS", f"{proof}, within the line of {line:g} sd; {seen}")
-    return Ruling("NOT TESTED", f"too little power: {proof}; smallest detectable {causal.detectable_effect:.2f} sd")
+    if not within(causal.ci95, line):
+        return Ruling("NOT TESTED", f"too little power: {proof}; smallest detectable {causal.detectable_effect:.2f} sd")
+    proof += f", within the line of {line:g} sd"
+    if within(observed.score_gap_ci95, line):
+        return Ruling("PASS", f"{seen}, within the line; {proof}")
+    assert standing is not None, "measured wherever features are removed"
+    taken = f"the removal takes {_share(standing)} out of the image embedding"
+    if not standing.enough:
+        return Ruling(
+            "NOT TESTED",
+            f"its features do not stand for it: {taken} (needs {ENOUGH:g} by the lower end); "
+            f"and {seen}, which reaches beyond the line",
+        )
+    if within((causal.ci95[0] / standing.ci95[0], causal.ci95[1] / standing.ci95[0]), line):
+        return Ruling("PASS", f"{proof}; {taken}, and in proportion to the whole the effect is within the line as well")
+    return Ruling("NOT TESTED", f"too little power: {proof}, but {taken}, and in proportion to the whole it is not")
 
 
 def _without_features(observed: Observed, gap_p: float, seen: str, settings: Settings) -> Ruling:
@@ -117,6 +134,12 @@ def _range(interval: Interval) -> str:
 
 def _sd(value: float, interval: Interval) -> str:
     return f"{value:+.2f} sd [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+def _share(standing: Standing) -> str:
+    if np.isnan(standing.share):
+        return "an unknown share of it"
+    return f"{standing.share:.2f} [{standing.ci95[0]:.2f}, {standing.ci95[1]:.2f}] of it"
 
 
 def _p(value: float) -> str:
