@@ -1,8 +1,9 @@
 """Groups of nodes: proposed, changed by hand, kept as JSON, and summed so that a grouped graph still adds up.
 
 No automatic grouping is known to be sufficient (Ameisen et al. 2025 grouped by hand), so `suggest` only proposes, from
-three kinds of evidence, and asks that members push the outputs the same way. The weight of a group is the sum over its
-members: of activations, of pre-activations, of edges in and out.
+three kinds of evidence, and asks that members (each a feature at a position) push the outputs the same way. Groups made
+by hand may mix signs; `Supernodes.checked` says which do. The weight of a group is the sum over its members: of
+activations, of pre-activations, of edges in and out.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ __all__ = ["Supernode", "Supernodes", "by_feature", "grouped", "merge", "suggest
 
 @dataclass(frozen=True)
 class Supernode:
-    """A named group of nodes, by their ids."""
+    """A named group of nodes, by their ids.
+
+    `mixed_signs`: some members raise the outputs and others lower them; None while it was not checked.
+    """
 
     name: str
     members: tuple[str, ...]
+    mixed_signs: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class Supernodes:
         new = tuple(dict.fromkeys(members))
         left = self.remove_nodes(new)
         if any(group.name == name for group in left.groups):
-            groups = (replace(g, members=(*g.members, *new)) if g.name == name else g for g in left.groups)
-            return Supernodes(tuple(groups))
+            more = replace(left[name], members=(*left[name].members, *new), mixed_signs=None)
+            return Supernodes(tuple(more if g.name == name else g for g in left.groups))
         return Supernodes((*left.groups, Supernode(name, new)))
 
     def remove(self, name: str) -> Supernodes:
@@ -82,7 +87,8 @@ class Supernodes:
     def remove_nodes(self, members: Iterable[str]) -> Supernodes:
         """Without these nodes; groups that lose all their nodes go."""
         gone = set(members)
-        groups = (replace(g, members=tuple(m for m in g.members if m not in gone)) for g in self.groups)
+        left = ((g, tuple(m for m in g.members if m not in gone)) for g in self.groups)
+        groups = (g if len(m) == len(g.members) else replace(g, members=m, mixed_signs=None) for g, m in left)
         return Supernodes(tuple(group for group in groups if group.members))
 
     def rename(self, name: str, new: str) -> Supernodes:
@@ -90,14 +96,31 @@ class Supernodes:
         old = self[name]
         return Supernodes(tuple(replace(g, name=new) if g is old else g for g in self.groups))
 
+    def checked(self, graph: AttributionGraph) -> Supernodes:
+        """With `mixed_signs` of each group said, by the total effect on the outputs of every member in the graph.
+
+        A group without a member in the graph stays unchecked.
+        """
+        effect = known_effect(graph).sign().tolist()
+
+        def mixed(group: Supernode) -> bool | None:
+            signs = {effect[graph.nodes.index(m)] for m in group.members if m in graph.nodes}
+            return {1.0, -1.0} <= signs if signs else None
+
+        return Supernodes(tuple(replace(g, mixed_signs=mixed(g)) for g in self.groups))
+
     def save(self, path: Path | str) -> None:
-        """Write as JSON, atomically."""
-        groups = [{"name": group.name, "members": list(group.members)} for group in self.groups]
+        """Write as JSON, atomically; `mixed_signs` where it was checked."""
+        groups = [
+            {"name": g.name, "members": list(g.members)}
+            | ({} if g.mixed_signs is None else {"mixed_signs": g.mixed_signs})
+            for g in self.groups
+        ]
         write_json(Path(path), {"schema_version": 1, "supernodes": groups})
 
     @classmethod
     def load(cls, path: Path | str) -> Supernodes:
-        """Read what `save` wrote. Raises StorageError when the file holds something else."""
+        """Read what `save` wrote; signs are to be checked anew. Raises StorageError when it holds something else."""
         found = read_json(Path(path))
         try:
             groups = [Supernode(str(g["name"]), tuple(map(str, g["members"]))) for g in found["supernodes"]]
@@ -116,15 +139,20 @@ def grouped(graph: AttributionGraph, supernodes: Supernodes) -> AttributionGraph
     return merge(graph, parts)
 
 
-def by_feature(graph: AttributionGraph) -> Supernodes:
-    """One group for each feature of a dictionary that fires at several positions."""
-    found: dict[tuple[int, int, int], list[str]] = {}
+def by_feature(graph: AttributionGraph, effect: Float[Tensor, " node"] | None = None) -> Supernodes:
+    """One group for each feature of a dictionary that fires at several positions.
+
+    Where the `effect` of each node is given, positions at which it has another sign are another group.
+    """
+    found: dict[tuple[int, int, int, int], list[str]] = {}
     nodes = graph.nodes
+    sign = (torch.zeros(len(nodes)) if effect is None else effect.sign()).int().tolist()
     for i in nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist():
-        found.setdefault((int(nodes.tower[i]), int(nodes.layer[i]), int(nodes.feature[i])), []).append(nodes.ids[i])
+        key = (int(nodes.tower[i]), int(nodes.layer[i]), int(nodes.feature[i]), sign[i])
+        found.setdefault(key, []).append(nodes.ids[i])
     groups = [
-        Supernode(f"{nodes.towers[tower]}.L{layer}.F{feature}", tuple(ids))
-        for (tower, layer, feature), ids in found.items()
+        Supernode(f"{nodes.towers[tower]}.L{layer}.F{feature}{('', '+', '-')[way]}", tuple(ids))
+        for (tower, layer, feature, way), ids in found.items()
         if len(ids) > 1
     ]
     return Supernodes(tuple(groups))
@@ -217,10 +245,10 @@ def suggest(
 ) -> Supernodes:
     """Propose groups of features of one tower that come from the same places, go to the same places, and write alike.
 
-    Features are first taken together over positions. Two of them are alike as the mean of the cosines of their
-    in-edges, of their out-edges and, where `dictionaries` are given, of their decoder directions. They may share a
-    group when that is at least `least`, and when their effects on the outputs and their out-edges agree in sign. Every
-    pair in a group has to (complete linkage).
+    Features are first taken together over the positions at which they push the outputs the same way. Two of them are
+    alike as the mean of the cosines of their in-edges, of their out-edges and, where `dictionaries` are given, of their
+    decoder directions. They may share a group when that is at least `least`, when all their members' effects on the
+    outputs have one sign, and when their out-edges point the same way. Every pair in a group has to (complete linkage).
 
     Args:
         graph: best pruned: at most the `most` most influential features are compared.
@@ -229,7 +257,8 @@ def suggest(
     """
     from scipy.cluster.hierarchy import fcluster, linkage
 
-    alone = by_feature(graph)
+    effect = known_effect(graph)
+    alone = by_feature(graph, effect)
     whole = grouped(graph, alone)
     nodes = whole.nodes
     features = nodes.is_type(NodeType.FEATURE).nonzero()[:, 0]
@@ -238,9 +267,8 @@ def suggest(
         return Supernodes()
     members = {group.name: group.members for group in alone}
     ids = [members.get(nodes.labels[f], (nodes.ids[f],)) for f in features.tolist()]
-    effect = known_effect(graph)
-    effects = torch.stack([effect[[graph.nodes.index(i) for i in mine]].sum() for mine in ids])
-    alike = _alike(whole, features, dictionaries, effects.sign())
+    signs = torch.stack([effect[graph.nodes.index(mine[0])].sign() for mine in ids])  # the same for all of them
+    alike = _alike(whole, features, dictionaries, signs)
     distance = torch.where(alike >= least, 1 - alike, 2.0).fill_diagonal_(0)
     upper = torch.triu_indices(len(features), len(features), offset=1)
     tree = linkage(distance[upper[0], upper[1]].numpy(), method="complete")

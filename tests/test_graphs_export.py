@@ -152,6 +152,7 @@ def test_graphml_can_be_read_again(tmp_path):
 
 
 def test_the_folder(tmp_path):
+    """A folder has all its files, sealed, and they say what the graph, its scores and its groups say."""
     graph = lot(0, dtype=torch.float32)
     pruned = prune(graph)
     groups = Supernodes().add("g", [pruned.nodes.ids[int(pruned.nodes.is_type(NodeType.FEATURE).nonzero()[0, 0])]])
@@ -167,6 +168,7 @@ def test_the_folder(tmp_path):
         "graph.graphml",
     }
     assert Supernodes.load(out / "supernodes.json") == groups
+    assert [g["mixed_signs"] for g in json.loads((out / "supernodes.json").read_text())["supernodes"]] == [False]
     again = AttributionGraph.load(out)
     assert torch.equal(again.weights.values(), graph.weights.values())
     about = json.loads((out / "graph.json").read_text())

@@ -13,7 +13,7 @@ from graphs.nodes import NodeType
 from graphs.prune import prune
 from graphs.supernodes import Supernode, Supernodes, by_feature, grouped, merge, suggest
 from mechinterp.errors import StorageError, UsageError
-from mechinterp.storage import write_json
+from mechinterp.storage import read_json, write_json
 from mechinterp.types import Placed, Site
 from saes.dictionary import ReLU, SparseDictionary
 from tests.graph_scenes import lot
@@ -128,12 +128,37 @@ def test_members_push_the_same_way():
         for group in suggest(graph, least=least):
             rows = [graph.nodes.index(m) for m in group.members]
             assert not {a, b} <= set(rows)
-            features: dict[tuple[int, int], float] = {}
-            for i in rows:
-                key = (int(graph.nodes.layer[i]), int(graph.nodes.feature[i]))
-                features[key] = features.get(key, 0.0) + float(effect[i])
-            assert len({value > 0 for value in features.values()}) == 1
+            assert len({float(effect[i]) > 0 for i in rows}) == 1
             assert len({int(graph.nodes.tower[i]) for i in rows}) == 1
+
+
+def test_positions_that_push_the_other_way_stay_out_of_a_group():
+    """Where a feature raises the score at one place and lowers it at another, no group holds both places."""
+    graph = lot(5, side=5, kinds=4, density=0.6)
+    effect = total_effect(graph)
+    found = [[float(effect[graph.nodes.index(m)]) for m in g.members] for g in suggest(graph, least=0.05)]
+    assert len(found) > 3 and all(min(e) > 0 or max(e) < 0 for e in found)
+
+
+def test_groups_by_hand_say_when_they_mix_signs(tmp_path):
+    """A member of the other sign makes a group mixed, in the object and its file; an edit has to be checked again."""
+    graph = lot(0)
+    effect = total_effect(graph)
+    features = graph.nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
+    up, down = ([graph.nodes.ids[i] for i in features if way * float(effect[i]) > 0] for way in (1, -1))
+    groups = Supernodes().add("up", up[:3]).add("both", [up[3], down[0], "gone.L9.P0.F1"])
+    groups = groups.add("gone", ["gone.L9.P0.F2"])
+    assert [g.mixed_signs for g in groups] == [None, None, None]
+    checked = groups.checked(graph)
+    assert (checked["up"].mixed_signs, checked["both"].mixed_signs) == (False, True)
+    assert checked["gone"].mixed_signs is None
+    checked.save(tmp_path / "groups.json")
+    kept = {g["name"]: g.get("mixed_signs") for g in read_json(tmp_path / "groups.json")["supernodes"]}
+    assert kept == {"up": False, "both": True, "gone": None}
+    assert Supernodes.load(tmp_path / "groups.json").checked(graph) == checked
+    edited = checked.add("up", [down[1]])
+    assert edited["up"].mixed_signs is None and edited.checked(graph)["up"].mixed_signs
+    assert checked.remove_nodes([down[0]])["both"].mixed_signs is None
 
 
 def same_decoders(layers: int = 3) -> list[Placed]:

@@ -42,7 +42,7 @@ def write_folder(
     graph.png, graph.html             the pruned one
     circuit_tracer.json               the pruned one, for circuit-tracer's viewer and Neuronpedia
     graph.graphml                     the pruned one, for Gephi, yEd, Cytoscape
-    supernodes.json                   the groups, where there are any
+    supernodes.json                   the groups, where there are any, and which of them mix signs
 
     Args:
         graph: as built.
@@ -64,7 +64,7 @@ def write_folder(
     )
     write_graphml(drawn, folder / "graph.graphml")
     if supernodes:
-        supernodes.save(folder / "supernodes.json")
+        supernodes.checked(graph).save(folder / "supernodes.json")
     save_graph(replace(graph, meta={**graph.meta, **kept, "scores": whole}), folder)
     model = graph.meta.get("model") or {}
     write_manifest(folder, {"kind": "graph", "model": model.get("label"), **(about or {})})
