@@ -8,8 +8,8 @@ For each image with a consolidation, seen by no training: the graph of the conso
 - Spearman of node influence against |change of the score| by free ablation, beside simpler predictions, over a random
   sample of active features with influence, and over the features of the pruned graph (median over images, interval by
   bootstrap over patients; anchor 0.72, Ameisen et al. 2025);
-- effects of features on features, perturbations one block on, attention mediation, matched random features, and the
-  faithfulness curve of the ranking.
+- effects of features on features against edges and total effects, by layers between as well; perturbations one block
+  on, attention mediation, matched random features, and the faithfulness curve of the ranking.
 
 `benchmarks.graph_lesions` asks where on the image the influence lies.
 
@@ -127,12 +127,14 @@ def collect(rows: Sequence[dict[str, Any]], patients: Sequence[str]) -> list[dic
             line(
                 f"features on features, {kind} effect: {statistic}", lambda row, k=kind, s=statistic: row["pairs"][k][s]
             )
-    for distance in range(6):
-        for statistic in ("pearson", "spearman"):
-            line(
-                f"total effect, {distance} layers between: {statistic}",
-                lambda row, d=distance, s=statistic: row["pairs"]["by_distance"][d][s],
-            )
+    distances = sorted({d for row in rows if "pairs" in row for d in row["pairs"]["by_distance"]})
+    for kind, key in (("direct", "direct_by_distance"), ("total", "by_distance")):
+        for distance in distances:
+            for statistic in ("pearson", "spearman", "sign"):
+                line(
+                    f"{kind} effect, {distance} layers between: {statistic}",
+                    lambda row, k=key, d=distance, s=statistic: row["pairs"][k][d][s],
+                )
     for name in ("cosine_stream", "nmse_stream", "cosine_mlp", "nmse_mlp"):
         line(f"one block on: {name}", lambda row, n=name: row["perturbation"][n])
     for i, which in enumerate(f"{a} ablation by {r}" for a in ("zero", "resample") for r in RANKED):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import graph_compare
+from benchmarks import graph_causal, graph_compare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,3 +80,22 @@ def test_captured_influence_counts_paths_through_features():
     assert graph_compare.influence(full) == {(0, 1, 7): 0.75, (0, 1, 8): 0.25, (1, 1, 3): 0.5}
     found = {"rows": torch.tensor([names[0], names[1], [2, 1, 0]])}
     assert graph_compare.captured(found, full) == pytest.approx(1 / 1.25)
+
+
+def test_the_causal_table_tells_edges_and_total_effects_by_layers_between():
+    """Every distance that any image has gets a line for each statistic, of edges and of total effects, by median."""
+
+    def told(value: float) -> dict[str, float]:
+        return {"pearson": value, "spearman": value / 2, "sign": value / 4}
+
+    rows = [{"nodes": 3, "completeness": 1.0, "replacement": 1.0, "node_spearman": {}} for _ in range(4)]
+    for row, value in zip(rows[:3], (0.2, 0.4, 0.8), strict=True):
+        row["pairs"] = {"direct_by_distance": {1: told(value)}, "by_distance": {1: told(-value)}}
+    for row in rows[:3]:
+        row["pairs"]["direct_by_distance"][9] = row["pairs"]["by_distance"][9] = told(1.0)
+    lines = {line["name"]: line for line in graph_causal.collect(rows, [str(i) for i in range(4)])}
+    for distance, direct, total in ((1, 0.4, -0.4), (9, 1.0, 1.0)):
+        for statistic, part in (("pearson", 1), ("spearman", 2), ("sign", 4)):
+            for kind, value in (("direct", direct), ("total", total)):
+                line = lines[f"{kind} effect, {distance} layers between: {statistic}"]
+                assert (line["median"], line["n"]) == (value / part, 3)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from graphs.causal import Lab, report
 from graphs.draw.scene import feature_names, written_sites
 from graphs.graph import AttributionGraph
 from graphs.nodes import NodeType
@@ -282,6 +283,20 @@ def test_a_chosen_feature_is_suppressed(made, tmp_path):
     assert found["suppression"]["members"] == 1 and found["suppression"]["factor"] == -1.0
     (score,) = [m for m in found["suppression"]["measured"] if m["kind"] == "output"]
     assert score["name"] == "consolidation" and abs(score["after"] - score["before"]) > 0.01
+
+
+def test_a_report_prints_edges_and_total_effects_by_layers_between(made):
+    """The lines of a causal report have, for each distance, what its JSON has: Pearson by edge and by path."""
+    lab = Lab(made.model, made.batch, made.dictionaries, [made.output], made.frozen)
+    found = report(lab, made.whole, n_nodes=8, n_sources=8, n_watched=16, n_top=3, n_random=4)
+    (line,) = [line for line in graph_command._reported(found) if "features on features" in line]
+    pairs = json.loads(json.dumps(found.to_dict()))["pairs"]
+    assert len(pairs["direct_by_distance"]) > 1 and pairs["direct_by_distance"].keys() == pairs["by_distance"].keys()
+    for distance, edge in pairs["direct_by_distance"].items():
+        if edge["pairs"] < 3:
+            continue  # too few to be told
+        said = f"{edge['pearson']:.2f} ({pairs['by_distance'][distance]['pearson']:.2f}), {edge['pairs']} pairs"
+        assert f"{distance} layer" in line and said in line
 
 
 def test_residual_saes_make_a_graph_too(made):

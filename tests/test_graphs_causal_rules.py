@@ -116,6 +116,24 @@ def test_agreement_is_told_by_layers_between():
     assert found.by_distance[2].pearson == pytest.approx(-1, abs=1e-5) and found.by_distance[2].sign == 0.0
 
 
+def test_edges_are_told_by_layers_between_as_well():
+    """A model that follows edges one layer on, and does their opposite two layers on: edges say so at each distance."""
+    graph = lot(1, density=0.6)
+
+    def pre(change: Change, mode: Mode) -> Tensor:
+        source = node_of(graph, change.features[0])
+        gap = graph.nodes.layer - graph.nodes.layer[source]
+        return edges_into(graph, source) * torch.where(gap == 2, 1.0, -1.0)
+
+    sources, watched = some(graph, 0)[:6] + some(graph, 1)[:6], some(graph, 1) + some(graph, 2)
+    found = pair_effects(Answers(graph, pre), graph, sources, watched)
+    assert set(found.direct_by_distance) == {1, 2} and found.by_distance[2].pearson > -0.999
+    assert sum(told.pairs for told in found.direct_by_distance.values()) == found.direct.pairs
+    one, two = found.direct_by_distance[1], found.direct_by_distance[2]
+    assert one.pearson == pytest.approx(1, abs=1e-5) and two.pearson == pytest.approx(-1, abs=1e-5)
+    assert one.spearman == pytest.approx(1, abs=1e-5) and two.sign_weighted == 0.0
+
+
 def test_one_block_on_cosine_and_error_are_those_of_what_was_said():
     """A stream said half too large (NMSE 1/4) and an MLP said with the wrong sign (cosine -1, NMSE 4)."""
     graph = lot(0)

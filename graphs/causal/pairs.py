@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from graphs.causal.changes import features_of, scaled
@@ -26,12 +26,13 @@ class PairEffects:
     Fields:
         constrained_error: largest |ablation with all held + edge|, relative to the largest edge. Zero but for rounding.
         direct, total: free ablation against the edge and the total effect, over pairs with a path between them.
-        by_distance: the same for total effects within a tower, by number of layers between.
+        direct_by_distance, by_distance: the same within a tower, by number of layers between; edges, and total effects.
     """
 
     constrained_error: float
     direct: Agreement
     total: Agreement
+    direct_by_distance: dict[int, Agreement]
     by_distance: dict[int, Agreement]
 
 
@@ -57,23 +58,28 @@ def pair_effects(lab: Lab, graph: AttributionGraph, sources: Sequence[int], watc
     changes = [scaled(graph, [i]) for i in sources]
     clean, _ = lab.clean_state(watch)
     rows = graph.row_of[torch.tensor(watched)]
-    edges = _columns(graph, sources)[rows].T.double()  # [source, watched]
+    edges = _columns(graph, sources)[rows].T.double().numpy()  # [source, watched]
     free = (lab.run(changes, "free", watch).pre - clean).double().numpy()
-    held = lab.run(changes, "direct", watch).pre.double() - clean.double()
-    largest = float(edges.abs().max().clamp_min(1e-30))
-    constrained = float((held + edges).abs().max()) / largest
+    held = (lab.run(changes, "direct", watch).pre.double() - clean.double()).numpy()
+    constrained = float(np.abs(held + edges).max() / max(np.abs(edges).max(), 1e-30))
     paths = total_effects(graph, sources)[watched].T.numpy()
     layer = graph.nodes.layer.numpy()
     tower = graph.nodes.tower.numpy()
     gap = layer[watched][None] - layer[sources][:, None]
     same = tower[watched][None] == tower[sources][:, None]
     connected = np.abs(paths) > REACH * np.abs(paths).max()
-    by_distance = {
-        int(d): agreement(-paths[connected & same & (gap == d)], free[connected & same & (gap == d)])
-        for d in np.unique(gap[connected & same])
-    }
-    direct = agreement(-edges.numpy()[connected], free[connected])
-    return PairEffects(constrained, direct, agreement(-paths[connected], free[connected]), by_distance)
+    apart = {int(d): connected & same & (gap == d) for d in np.unique(gap[connected & same])}
+
+    def told(said: Float[np.ndarray, "source watched"], pairs: Bool[np.ndarray, "source watched"]) -> Agreement:
+        return agreement(-said[pairs], free[pairs])
+
+    return PairEffects(
+        constrained,
+        told(edges, connected),
+        told(paths, connected),
+        {d: told(edges, pairs) for d, pairs in apart.items()},
+        {d: told(paths, pairs) for d, pairs in apart.items()},
+    )
 
 
 def _columns(graph: AttributionGraph, sources: Sequence[int]) -> Float[Tensor, "target source"]:

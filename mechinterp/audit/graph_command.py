@@ -314,9 +314,15 @@ def _tested(
 
 def _reported(found: Any) -> list[str]:
     """Some lines of a causal report."""
-    rank, control = found.node_spearman["active"], found.control
+    rank, control, pairs = found.node_spearman["active"], found.control, found.pairs
+    far = "; ".join(
+        f"{d} layer{'s' * (d > 1)} on {edge.pearson:.2f} ({pairs.by_distance[d].pearson:.2f}), {edge.pairs} pairs"
+        for d, edge in pairs.direct_by_distance.items()
+        if edge.pairs > 2
+    )
     return [
-        f"  ablation with all held against minus the edge: largest difference {found.pairs.constrained_error:.1e}",
+        f"  ablation with all held against minus the edge: largest difference {pairs.constrained_error:.1e}",
+        f"  features on features, nothing held, Pearson with edge (with total effect): {far or 'too few pairs'}",
         f"  influence against |effect| on the score, nothing held: Spearman {rank['influence']:.2f} (gradient x "
         f"activation {rank['gradient x activation']:.2f}, activation {rank['activation']:.2f}) over "
         f"{found.samples['active']} features",
