@@ -111,22 +111,24 @@ class Supernodes:
 
     def save(self, path: Path | str) -> None:
         """Write as JSON, atomically; `mixed_signs` where it was checked."""
-        groups = [
-            {"name": g.name, "members": list(g.members)}
-            | ({} if g.mixed_signs is None else {"mixed_signs": g.mixed_signs})
-            for g in self.groups
-        ]
+        groups: list[dict[str, object]] = [{"name": g.name, "members": list(g.members)} for g in self.groups]
+        for group, written in zip(self.groups, groups, strict=True):
+            if group.mixed_signs is not None:
+                written["mixed_signs"] = group.mixed_signs
         write_json(Path(path), {"schema_version": 1, "supernodes": groups})
 
     @classmethod
     def load(cls, path: Path | str) -> Supernodes:
-        """Read what `save` wrote; signs are to be checked anew. Raises StorageError when it holds something else."""
+        """Read what `save` or the page wrote; signs are to be checked anew. Raises StorageError for something else."""
         found = read_json(Path(path))
         try:
-            groups = [Supernode(str(g["name"]), tuple(map(str, g["members"]))) for g in found["supernodes"]]
-        except (KeyError, TypeError) as error:
-            raise StorageError("holds no supernodes", where=str(path)) from error
-        return cls(tuple(groups))
+            read = [(g["name"], g["members"]) for g in found["supernodes"]]
+            if not all(isinstance(ids, list) and {type(text) for text in (name, *ids)} == {str} for name, ids in read):
+                raise TypeError
+            return cls(tuple(Supernode(name, tuple(ids)) for name, ids in read))
+        except (KeyError, TypeError, UsageError) as error:
+            what = error.what if isinstance(error, UsageError) else "holds no supernodes"
+            raise StorageError(what, where=str(path), hint="each name once, each member in one list of ids") from error
 
 
 def grouped(graph: AttributionGraph, supernodes: Supernodes) -> AttributionGraph:

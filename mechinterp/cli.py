@@ -147,6 +147,7 @@ def _questions(command: Command) -> None:
     sub.add_argument("--attention", type=int, default=0, metavar="K", help="why the K strongest heads look there")
     sub.add_argument("--causal", action="store_true", help="also test the graph by interventions on the model (slower)")
     sub.add_argument("--suppress", metavar="NAME", help="suppress a group, a named feature, or ids A,B in the model")
+    sub.add_argument("--groups", type=Path, metavar="FILE", help="take these groups (JSON), checked, not proposed ones")
 
     sub = command("iq", _iq, "explainers side by side on one model", "iq phantom-clip --methods lime,grad_cam")
     sub.add_argument("model", metavar="MODEL")

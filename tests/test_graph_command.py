@@ -12,13 +12,15 @@ from PIL import Image
 from graphs.causal import Lab, report
 from graphs.draw.scene import feature_names, written_sites
 from graphs.graph import AttributionGraph
+from graphs.influence import known_effect
 from graphs.nodes import NodeType
 from graphs.supernodes import Supernodes
 from mechinterp.audit import graph_command, graph_pictures, graphing
 from mechinterp.audit.dictionary import dictionary_of, stream_saes_of, tokens_of, transcoders_of
 from mechinterp.audit.evidence import collect
 from mechinterp.audit.feature_names import stored_names
-from mechinterp.audit.graph_command import Wishes, members_of
+from mechinterp.audit.graph_command import Wishes
+from mechinterp.audit.graph_groups import fitted, members_of
 from mechinterp.audit.graph_pictures import gallery_of
 from mechinterp.audit.graphing import graph_of, graph_section, seen_by, target_of
 from mechinterp.cli import main
@@ -107,6 +109,7 @@ def test_the_command_writes_a_whole_folder(picture, tmp_path, capsys):
         (("--paths", "-1"), "--paths: is -1"),
         (("--suppress", "the moon"), "'the moon' is no group, name or feature here"),
         (("--mode", "sae", "--causal"), "interventions"),
+        (("--groups", "nowhere.json"), "nowhere.json: no such file"),
     ],
 )
 def test_a_mistake_is_one_line(picture, tmp_path, capsys, changed, words):
@@ -270,6 +273,57 @@ def test_what_suppress_means(made):
     assert members_of(graph, "drain", groups, {key: "drain"}) == same
     with pytest.raises(UsageError, match=r"'drain' is no group.*groups: a pair"):
         members_of(graph, "drain", groups, {})
+
+
+def by_push(made):
+    """Ids of drawn features that raise the score, and of those that lower it."""
+    nodes, effect = made.pruned.nodes, known_effect(made.pruned).tolist()
+    drawn = nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
+    return [[nodes.ids[i] for i in drawn if way * effect[i] > 0] for way in (1, -1)]
+
+
+def test_groups_of_a_user_are_fitted_to_the_graph(made, tmp_path):
+    """What mixes signs, is not in the graph or is not drawn is said; all unknown, or no feature, is an error."""
+    (up, other, *_), (down, *_) = by_push(made)
+    drawn = set(made.pruned.nodes.ids)
+    features = made.whole.nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
+    weak = next(made.whole.nodes.ids[i] for i in features if made.whole.nodes.ids[i] not in drawn)
+    lacking = [f"vision.L0.P0.F{10**6 + i}" for i in range(5)]
+    groups = Supernodes().add("both\nways", [up, down, *lacking]).add("one", [other]).add("gone", ["a.L1.P1.F1"])
+    path = tmp_path / "mine.json"
+    kept, lines = fitted(groups.add("weak", [weak]), made, path)
+    assert [(g.name, g.members) for g in kept] == [("both\nways", (up, down)), ("one", (other,)), ("weak", (weak,))]
+    assert [g.mixed_signs for g in kept][:2] == [True, False]
+    assert "3 with 4 members" in lines[0] and lines[0].endswith("lower it in both ways")
+    assert "6 members are not in this graph" in lines[1] and "and 3 more" in lines[1] and weak in lines[2]
+    assert all(line.isprintable() for line in lines) and len(lines) == 3
+    (line,) = fitted(Supernodes().add("one", [up, other]), made, path)[1]
+    assert line.endswith("none mixes signs")
+    for wrong, words in (
+        (lacking[:2], "none of its 2 members is in this graph"),
+        (["out.0", up], "out.0 is no feature"),
+    ):
+        with pytest.raises(UsageError, match=f"mine.json: {words}"):
+            fitted(Supernodes().add("x", wrong), made, path)
+    with pytest.raises(UsageError, match="none of its 0 members"):
+        fitted(Supernodes(), made, path)
+
+
+def test_the_command_takes_groups_back(made, picture, tmp_path, capsys):
+    """A file of groups goes into the page and the folder, its mixed group is said, and it can be suppressed by name."""
+    (up, *_), (down, *_) = by_push(made)
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = out / "supernodes.json"  # where an earlier graph may have left it
+    mine.write_text(json.dumps({"supernodes": [{"name": "both ways", "members": [up, down, "not.here"]}]}))
+    said = ["graph", "phantom-clip", "--image", str(picture), "--target", "consolidation", "--max-features", "30"]
+    assert main([*said, "--groups", str(mine), "--suppress", "both ways", "--paths", "0", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "lower it in both ways" in printed and "both ways (2 nodes) set to minus" in printed
+    expected = {"name": "both ways", "members": [up, down], "mixed_signs": True}
+    assert json.loads(mine.read_text())["supernodes"] == [expected] and verify_folder(out) == []
+    shown = json.loads((out / "graph.html").read_text().partition('id="data">')[2].partition("</script>")[0])
+    assert shown["supernodes"] == [{"name": "both ways", "members": [up, down]}]
 
 
 def test_a_chosen_feature_is_suppressed(made, tmp_path):

@@ -14,6 +14,7 @@ from graphs.nodes import NodeType
 from graphs.prune import prune
 from graphs.supernodes import Supernodes, by_feature, grouped
 from mechinterp.pages.heat import thumbnail
+from mechinterp.storage import write_json
 from tests.browser import PROGRAM, Browser
 from tests.graph_scenes import lot, radiograph
 from tests.test_graphs_export import HOSTILE, hostile_names
@@ -232,7 +233,7 @@ def test_pins_follow_the_nodes(page, shown):
     assert count(page, ".node.pinned") == 0
 
 
-def test_a_group_is_made_named_and_dissolved(page, graph):
+def test_a_group_is_made_named_and_dissolved(page, graph, tmp_path):
     keys = page.value(
         "Array.from(document.querySelectorAll('.node')).map(n => n.dataset.key)"
         ".filter(k => /^vision.L0.*F\\d+$/.test(k))"
@@ -250,7 +251,8 @@ def test_a_group_is_made_named_and_dissolved(page, graph):
     made = json.loads(page.value("document.getElementById('json').value"))
     (group,) = made["supernodes"]
     assert group["name"] == "mark <b>" and set(group["members"]) <= set(graph.nodes.ids)
-    groups = Supernodes().add(group["name"], group["members"])
+    write_json(tmp_path / "groups.json", made)
+    groups = Supernodes.load(tmp_path / "groups.json")  # what the page gives is what the command takes
     i = grouped(graph, groups).nodes.index("group.0")
     shown = page.value(
         "Array.from(document.querySelectorAll('.kv tr'))"

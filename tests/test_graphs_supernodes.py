@@ -79,13 +79,18 @@ def test_edits_give_new_objects():
 
 
 def test_files(tmp_path):
+    """Groups come back as they were saved, whatever their names hold; a file of anything else is one error."""
     groups = Supernodes().add('<b>"é\u202e', ["n1", "n2"]).add("b", ["n3"])
     groups.save(tmp_path / "groups.json")
     assert Supernodes.load(tmp_path / "groups.json") == groups
-    for wrong in ({"supernodes": [{"name": "a"}]}, [1], {"supernodes": 3}):
+    texts = [{"name": 1, "members": ["n1"]}, {"name": "a", "members": "n1"}, {"name": "a", "members": [1]}]
+    for wrong in ({"supernodes": [{"name": "a"}]}, [1], {"supernodes": 3}, *({"supernodes": [t]} for t in texts)):
         write_json(tmp_path / "wrong.json", wrong)
         with pytest.raises(StorageError, match="holds no supernodes"):
             Supernodes.load(tmp_path / "wrong.json")
+    write_json(tmp_path / "twice.json", {"supernodes": [{"name": n, "members": ["n1"]} for n in "ab"]})
+    with pytest.raises(StorageError, match=r"twice\.json: n1 is in 'a' and in 'b'"):
+        Supernodes.load(tmp_path / "twice.json")
 
 
 def twins(sign: float) -> tuple[AttributionGraph, int, int]:

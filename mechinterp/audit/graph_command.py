@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechinterp.audit.dictionary import stream_saes_of, train_transcoders, transcoders_of
 from mechinterp.audit.feature_names import stored_names
+from mechinterp.audit.graph_groups import fitted, keys_of, members_of, named
 from mechinterp.audit.graph_pictures import gallery_of
 from mechinterp.audit.graphing import BUDGET, EFFECTS, ImageGraph, asked_for, graph_of
 from mechinterp.errors import UsageError
@@ -17,12 +18,10 @@ from mechinterp.storage import discard_earlier, write_json
 from mechinterp.types import Placed
 
 if TYPE_CHECKING:
-    from graphs.graph import AttributionGraph
     from graphs.replace import Mode, Replacement
-    from graphs.supernodes import Supernodes
     from mechinterp.data import ImageData
 
-__all__ = ["Wishes", "graph_command", "members_of"]
+__all__ = ["Wishes", "graph_command"]
 
 PAIRS = 8  # written for each attention score
 EDGES = 5  # edges that are shared out among heads
@@ -39,6 +38,7 @@ class Wishes:
         attention: how many attention scores to take apart.
         causal: test the graph by interventions on the model.
         suppress: a group, a feature's name, or ids, to be suppressed in the model; None for none.
+        groups: a file of groups (supernodes.json, or what the page gives) to be taken in place of proposed ones.
         seed: of everything random.
     """
 
@@ -52,6 +52,7 @@ class Wishes:
     attention: int = 0
     causal: bool = False
     suppress: str | None = None
+    groups: Path | None = None
     seed: int = 0
 
 
@@ -64,10 +65,11 @@ def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data
 
     Beside what `graphs.export.folder` writes: paths.json; attention.json, causal.json and suppress.png where asked for.
     An earlier graph in `out` goes first.
-    Raises UsageError for wishes that make no sense together, before anything is written.
+    Raises UsageError for wishes that make no sense together, and StorageError for a file of groups that is none, before
+    anything is written.
     """
     from graphs.export.folder import write_folder
-    from graphs.supernodes import suggest
+    from graphs.supernodes import Supernodes, suggest
     from mechinterp.data.files import open_image
 
     for name, value in (("--paths", wishes.paths), ("--attention", wishes.attention)):
@@ -75,14 +77,19 @@ def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data
             raise UsageError(f"is {value}", where=name, hint="a number of things to show, 0 for none")
     if wishes.mode == "sae" and (wishes.causal or wishes.suppress):
         raise UsageError("interventions are on what an MLP writes", where="--mode sae", hint="test transcoder graphs")
+    given = None if wishes.groups is None else Supernodes.load(wishes.groups)
     name, pixels = open_image(image)
     target, output = asked_for(model, wishes.target, wishes.against)
     placed = _dictionaries(model, wishes, data)
     sizes = (wishes.max_features, wishes.node, wishes.edge, wishes.mode)
     made = graph_of(model, pixels, target, placed, name, *sizes, output=output)
     names = stored_names(model)
-    groups = _named(made.pruned, suggest(made.pruned, placed), names)
     lines = _said(made)
+    if given is None or wishes.groups is None:
+        groups = named(made.pruned, suggest(made.pruned, placed), names)
+    else:
+        groups, said = fitted(given, made, wishes.groups)
+        lines += said
     chosen = None if wishes.suppress is None else members_of(made.whole, wishes.suppress, groups, names)
     discard_earlier(out, "graph")
     if wishes.paths:
@@ -115,65 +122,6 @@ def _dictionaries(model: HookedVLM, wishes: Wishes, data: ImageData | None) -> l
     return train_transcoders(model, data or default_data(seed=wishes.seed), wishes.seed)
 
 
-def _keys(graph: AttributionGraph) -> Callable[[int], str]:
-    """The key of a feature node in `stored_names`."""
-    from graphs.draw.scene import written_sites
-
-    nodes, sites = graph.nodes, written_sites(graph)
-
-    def key(node: int) -> str:
-        tower = nodes.towers[int(nodes.tower[node])].partition(".")[0]
-        return f"{sites[tower, int(nodes.layer[node])]}:{int(nodes.feature[node])}"
-
-    return key
-
-
-def _named(graph: AttributionGraph, groups: Supernodes, names: Mapping[str, str]) -> Supernodes:
-    """The groups by their strongest member: its name where it has one, and how many features are with it."""
-    from graphs.supernodes import Supernodes
-
-    made, key = Supernodes(), _keys(graph)
-    for group in groups:
-        rows = [graph.nodes.index(member) for member in group.members]
-        features = dict.fromkeys(map(key, rows))
-        first = max(rows, key=lambda row: float(graph.nodes.influence[row]))
-        name = f"{names.get(key(first), f'F{int(graph.nodes.feature[first])}')} +{len(features) - 1}"
-        taken = {g.name for g in made}
-        made = made.add(name if name not in taken else f"{name} ({len(made) + 1})", group.members)
-    return made
-
-
-def members_of(graph: AttributionGraph, text: str, groups: Supernodes, names: Mapping[str, str]) -> list[int]:
-    """The feature nodes that a text means: a group, a feature's name, or ids separated by commas.
-
-    An id is one node (`vision.L2.P17.F301`) or a feature at all its places (`vision.L2.F301`). Raises UsageError that
-    lists the groups when nothing is meant.
-    """
-    from graphs.nodes import NodeType
-
-    nodes, key = graph.nodes, _keys(graph)
-    features = nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
-    for group in groups:
-        if group.name == text:
-            return [nodes.index(member) for member in group.members]
-    found = [i for i in features if names.get(key(i)) == text]
-    if found:
-        return found
-    by_id: dict[str, list[int]] = {}
-    for i in features:
-        whole = f"{nodes.towers[int(nodes.tower[i])]}.L{int(nodes.layer[i])}.F{int(nodes.feature[i])}"
-        by_id.setdefault(whole, []).append(i)
-        by_id.setdefault(nodes.ids[i], []).append(i)
-    parts = [part.strip() for part in text.split(",")]
-    missing = [part for part in parts if part not in by_id]
-    if missing:
-        known = ", ".join(group.name for group in groups) or "none"
-        raise UsageError(
-            f"{missing[0]!r} is no group, name or feature here", where="--suppress", hint=f"groups: {known}"
-        )
-    return list(dict.fromkeys(i for part in parts for i in by_id[part]))
-
-
 def _said(made: ImageGraph) -> list[str]:
     from graphs.draw.notes import halves_of
 
@@ -195,7 +143,7 @@ def _paths(made: ImageGraph, k: int, names: Mapping[str, str], out: Path) -> lis
     from graphs.nodes import NodeType
     from graphs.paths import paths_of_score
 
-    graph, key = made.pruned, _keys(made.pruned)
+    graph, key = made.pruned, keys_of(made.pruned)
 
     def said(node: int) -> str:
         label = graph.nodes.labels[node]
