@@ -1,4 +1,5 @@
-"""Frozen forward passes: `freeze` a model on one input, `check` that the result says what the model computed.
+"""Frozen forward passes: `freeze` a model on one input, `check` that the result says what the model computed, `verify`
+that everything which is named as held is held.
 
     from graphs.frozen import check, freeze
     from graphs.targets import Contrast
@@ -20,9 +21,20 @@ if TYPE_CHECKING:
     from graphs.frozen.generative import report_of
     from graphs.frozen.lens import from_transformer_lens
     from graphs.frozen.parts import FrozenPass
+    from graphs.frozen.proof import verify
     from graphs.frozen.residuals import Residual, check, worst
 
-__all__ = ["FrozenPass", "Residual", "check", "freeze", "from_transformer_lens", "in_dtype", "report_of", "worst"]
+__all__ = [
+    "FrozenPass",
+    "Residual",
+    "check",
+    "freeze",
+    "from_transformer_lens",
+    "in_dtype",
+    "report_of",
+    "verify",
+    "worst",
+]
 
 _HOMES = {
     "FrozenPass": "parts",
@@ -32,6 +44,7 @@ _HOMES = {
     "from_transformer_lens": "lens",
     "in_dtype": "capture",
     "report_of": "generative",
+    "verify": "proof",
     "worst": "residuals",
 }
 

@@ -15,6 +15,7 @@ from graphs.frozen.parts import FrozenPass, Stack
 from graphs.frozen.readouts import feature_readouts
 from graphs.targets import Contrast, Feature, Logit, Output, ReportToken, SetContrast, Similarity, TokenLogit
 from mechinterp.errors import UsageError
+from mechinterp.models.freeze_words import freezes_in_words
 from mechinterp.models.hooked import HookedVLM
 from mechinterp.models.tables import Classifier, Dual, Features, Generative
 from mechinterp.types import ImageTextBatch
@@ -73,7 +74,7 @@ def _only(model: HookedVLM, outputs: Sequence[Output], kinds: tuple[type, ...]) 
 
 
 def _freezes(model: HookedVLM, stacks: Sequence[Stack]) -> Iterator[str]:
-    """Everything that is held: by hook name where there is a hook point, else in words."""
+    """Everything that is held: by hook name where there is a hook point, else in words; `verify_freeze` proves each."""
     points = ("ln1.hook_scale", "attn.hook_pattern", "ln1_post.hook_scale", "ln2.hook_scale", "ln2_post.hook_scale")
     for stack in stacks:
         for block in stack.blocks:
@@ -82,15 +83,7 @@ def _freezes(model: HookedVLM, stacks: Sequence[Stack]) -> Iterator[str]:
     for tower in dict.fromkeys(stack.blocks[0].tower for stack in stacks):
         if f"{tower}.ln_final.hook_scale" in model.hook_dict:
             yield f"{tower}.ln_final.hook_scale"
-    match model.family:
-        case "clip":
-            yield from ("scale of the norm before the vision blocks", "lengths of both embeddings")
-        case "siglip":
-            yield from ("pattern, scale and gate of the vision pooling head", "lengths of both embeddings")
-        case "llava":
-            yield from ("scale of the norm before the vision blocks", "gate of the projector")
-        case "gemma3":
-            yield "scale of the projector's norm"
+    yield from freezes_in_words(model.family)
 
 
 def _of(stack: Stack, tower: str, name: str) -> str:

@@ -22,6 +22,7 @@ from mechinterp.models.freeze import (
     verify_freeze,
     with_text,
 )
+from mechinterp.models.freeze_words import freezes_in_words
 from mechinterp.models.heads import inputs_of
 from mechinterp.models.tables import Features
 from mechinterp.types import ImageTextBatch
@@ -172,6 +173,7 @@ def _patch_grid(model: HookedVLM, batch: ImageTextBatch) -> tuple[bool, str]:
 def _freezes(model: HookedVLM, batch: ImageTextBatch, thorough: bool) -> tuple[bool, str]:
     kinds = ("*.hook_pattern", "*.hook_scale", "*.mlp.hook_post")
     names = [name for kind in kinds for name in _chosen(model, kind, thorough)]
+    names += freezes_in_words(model.family)
     found = verify_freeze(model, batch[:1], names)
     failed = [check for check in found if not check.ok]
     return not failed, f"{len(found)} freezes hold" if not failed else f"{failed[0].name}: {failed[0].detail}"

@@ -2,7 +2,8 @@
 nonlinearity out of the gradient when detached. Attribution rests on this, so it is measured, not assumed.
 
 Patterns and scales are frozen at their own points. The gate of an MLP has no point: it is frozen at `mlp.hook_post`, by
-writing gate times input there, so what is proven is that this product is what the model itself has there.
+writing gate times input there, so what is proven is that this product is what the model itself has there. What is held
+beside the blocks has no point either and is named in words (`mechinterp.models.freeze_words`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Check:
 
 
 def verify_freeze(model: Any, batch: Any = None, names: Sequence[str] | None = None) -> list[Check]:
-    """For each `hook_pattern`, `hook_scale`, `mlp.hook_post`: an edit moves the output, a detach makes the part linear.
+    """For each freeze, those in words too: an edit moves the output, and what is held makes the part linear.
+
+    The hook points are every `hook_pattern`, `hook_scale` and `mlp.hook_post`.
 
     A detached pattern: the gradient at the queries is zero (and is not, when it is left alone).
     A detached scale: the norm is homogeneous in its centred input, so `grad(v . y) . x = v . (y - bias)`; left alone,
@@ -60,10 +63,14 @@ def verify_freeze(model: Any, batch: Any = None, names: Sequence[str] | None = N
     A detached gate: gate times input is the value at `mlp.hook_post` (the model's activation is the one whose gate we
     know), and with the gate detached it is homogeneous in that input; of a gated MLP, the gradient at the gate branch
     is zero when it is detached (and is not, when it is left alone).
+    A freeze without a hook point (the norm before the blocks, a projector's gate or norm, SigLIP's pooling, the lengths
+    of a dual encoder's embeddings): the model's own module, run on other inputs too, is linear but for what is held.
 
     `model` is a HookedVLM, or a TransformerLens HookedTransformer (`mechinterp.models.freeze_lens`), whose batch is
-    token ids `[batch, pos]`. Without a batch: seeded noise, or seeded tokens. Raises ModelError for any other model.
+    token ids `[batch, pos]`. Without a batch: seeded noise, or seeded tokens. `names` are hook names, and names in
+    words as `graph.json` has them. Raises ModelError for any other model.
     """
+    from mechinterp.models.freeze_words import freezes_in_words, verify_words
     from mechinterp.models.hooked import HookedVLM
 
     if type(model).__name__ == "HookedTransformer":
@@ -74,11 +81,15 @@ def verify_freeze(model: Any, batch: Any = None, names: Sequence[str] | None = N
         hint = "a HookedVLM (HookedVLM.from_pretrained(folder)) or a HookedTransformer"
         raise ModelError(f"{type(model).__name__} has no freezes to verify", where="verify_freeze", hint=hint)
     batch = example_batch(model, rows=1) if batch is None else with_text(model, batch)
-    wanted = [n for n in model.hook_dict if n.endswith(_FREEZES)] if names is None else names
+    words = freezes_in_words(model.family)
+    wanted = [*(n for n in model.hook_dict if n.endswith(_FREEZES)), *words] if names is None else names
     with torch.no_grad():
         before = primary(model, model(batch))
     checks = []
     for name in wanted:
+        if name in words:
+            checks.append(verify_words(model, batch, name))
+            continue
         moved = moves(model, batch, name, before)
         tap = next(t for t in model._taps if model.point(name) in t.points)
         ok, detail = attempt(lambda tap=tap: _detached(model, batch, tap))
