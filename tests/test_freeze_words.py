@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_graphs_frozen_lens import KINDS, TOKENS, lens
+from test_graphs_frozen_lens import KINDS, MORE, TOKENS, lens
 from test_graphs_frozen_models import OUTPUTS, batch_of, model_of
 from tiny_models import FAMILIES, tiny
 from torch import Tensor
@@ -46,10 +46,10 @@ def test_every_freeze_of_a_graph_has_a_proof(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 def test_every_freeze_of_a_language_models_graph_has_a_proof(kind: str) -> None:
     """The same for TransformerLens models, whose hook names have no tower."""
-    model = lens(**KINDS[kind])
+    model = lens(**{**KINDS, **MORE}[kind])
     held = Replacement(from_transformer_lens(model, TOKENS, [TokenLogit(7)]), [], mode="sae").freezes
     found = verify(model, held)
     assert [check.name for check in found] == list(held) and all(c.ok for c in found), [c for c in found if not c.ok]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_graphs_frozen_lens import KINDS, TOKENS, lens
+from test_graphs_frozen_lens import KINDS, MORE, TOKENS, lens
 from test_graphs_frozen_models import DOUBLE, TARGET, batch_of, model_of
 from torch import Tensor
 
@@ -248,10 +248,10 @@ def test_a_family_holds_exactly_what_it_names(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 def test_a_language_model_holds_exactly_what_it_names(kind: str) -> None:
     """The same for each kind of TransformerLens model, with an activation whose gate matters to a gradient."""
-    changes = KINDS[kind]
+    changes = {**KINDS, **MORE}[kind]
     model = lens(**{**changes, "act_fn": "gelu" if changes["act_fn"] == "relu" else changes["act_fn"]})
     frozen = from_transformer_lens(model, TOKENS, [TokenLogit(7, versus=8)])
     exact(build_graph(frozen, [], mode="sae"), lambda names, less: lens_rows(model, names, less))

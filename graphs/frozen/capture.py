@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mechinterp.errors import UsageError
 from mechinterp.models.hooked import HookedVLM
 from mechinterp.models.norms import normalise, scale_of
+from mechinterp.models.scoring import weights_hash
 from mechinterp.models.wiring import find
 
 __all__ = ["Cache", "in_dtype", "recording", "sha256_of", "tower_module"]
@@ -36,7 +37,7 @@ _BLOCK = (
     "hook_resid_post",
 )
 _TOWER = ("ln_final.hook_scale", "ln_final.hook_normalized", "hook_pooled")
-_HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], str]] = weakref.WeakKeyDictionary()
+_HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], ...], str]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -77,9 +78,9 @@ def tower_module(model: HookedVLM, tower: str) -> Any:
     return getattr(module, "vision_model", module)
 
 
-def sha256_of(model: HookedVLM) -> str:
-    """`model.sha256`, kept until a weight is written to."""
-    versions = tuple(p._version for p in model.hf.parameters())
-    if model.hf not in _HASHES or _HASHES[model.hf][0] != versions:
-        _HASHES[model.hf] = (versions, model.sha256)
-    return _HASHES[model.hf][1]
+def sha256_of(module: nn.Module) -> str:
+    """Hash of a model's weights (`HookedVLM.sha256` of `model.hf`), kept until a weight is written to or replaced."""
+    versions = tuple((p._version, p.data_ptr()) for p in module.parameters())
+    if module not in _HASHES or _HASHES[module][0] != versions:
+        _HASHES[module] = (versions, weights_hash(module))
+    return _HASHES[module][1]

@@ -43,7 +43,7 @@ def freeze(
         raise UsageError(f"{len(batch)} images", where="batch", hint="freeze one image at a time: batch[:1]")
     if not outputs:
         raise UsageError("nothing to explain", where="outputs", hint="such as Contrast(target)")
-    known = {"label": model.label, "family": model.family, "sha256": sha256_of(model)}
+    known = {"label": model.label, "family": model.family, "sha256": sha256_of(model.hf)}
     model = in_dtype(model, dtype)
     features = [output for output in outputs if isinstance(output, Feature)]
     others = [output for output in outputs if not isinstance(output, Feature)]

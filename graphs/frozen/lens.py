@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from graphs.frozen.attention import FrozenAttention, Scores
+from graphs.frozen.capture import sha256_of
 from graphs.frozen.norms import FrozenNorm
 from graphs.frozen.parts import FrozenBlock, FrozenMLP, FrozenPass, Inputs, Readout, Stack
 from graphs.frozen.readouts import RowHead, feature_readouts
@@ -53,8 +54,9 @@ def from_transformer_lens(
     readouts += feature_readouts([output for output in outputs if isinstance(output, Feature)], [stack])
     if not readouts:
         raise UsageError("nothing to explain", where="outputs", hint="such as TokenLogit(token)")
-    held = [name for name in at if name.endswith(("hook_scale", "hook_pattern"))]
-    known = {"label": str(model.cfg.model_name), "family": "transformer_lens", "sha256": ""}
+    # norms of queries and keys are inside the pattern, which is held whole
+    held = [n for n in at if n.endswith("attn.hook_pattern") or (n.endswith("hook_scale") and ".attn." not in n)]
+    known = {"label": str(model.cfg.model_name), "family": "transformer_lens", "sha256": sha256_of(model)}
     return FrozenPass((stack,), tuple(readouts), tuple(f"text.{name}" for name in held), known)
 
 
