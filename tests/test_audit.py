@@ -124,6 +124,7 @@ def test_audit_json_holds_what_the_interface_promises(verdicts):
     for name in ("target", "seed", "versions", "seconds", "graph", "explainers", "power", "truth", "not_tested"):
         assert name in record
     assert all({"what", "why"} == set(entry) for entry in record["not_tested"])
+    assert record["cautions"] == []
     assert verify_folder(result.folder) == []
     assert (result.folder / "figures" / "shortcuts.png").exists()
 

@@ -15,8 +15,10 @@ from PIL import Image
 from mechinterp.audit import defaults
 from mechinterp.audit import dictionary as dictionaries
 from mechinterp.audit.explainers.choose import chosen_rows
+from mechinterp.audit.pipeline import AuditResult, choose_target
 from mechinterp.cli import main
 from mechinterp.data import open_data
+from mechinterp.models import HookedVLM
 from mechinterp.storage import verify_folder
 from tests.audit_toys import SIZE, trained_clip, write_cohort
 
@@ -146,3 +148,18 @@ def test_the_phantom_taken_by_default_is_known_by_its_folder(tmp_path, monkeypat
     data = defaults.default_data(10, 3)
     assert defaults.is_default(data, 3) and not defaults.is_default(data, 4)
     assert not defaults.is_default(open_data(write_cohort(tmp_path / "mine", n=10)), 3)
+
+
+def test_a_model_of_radiographs_on_the_default_phantom_is_said_aloud(tmp_path, monkeypatch, caplog):
+    """The phantom stands in for data that nobody named: a warning before the work, the first line of the summary."""
+    monkeypatch.setenv("MECHINTERP_CACHE", str(tmp_path))
+    data = defaults.default_data(10, 3)
+    cxr, ours = HookedVLM.from_pretrained("cxr-clip"), HookedVLM.from_pretrained("phantom-clip")
+    choose_target(ours, data, None)
+    choose_target(cxr, open_data(write_cohort(tmp_path / "mine", n=10)), None)
+    assert not caplog.records and defaults.stand_in(ours, data) is None
+    choose_target(cxr, data, "effusion")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "cxr-clip was asked about synthetic phantoms" in said and "--data FOLDER" in said
+    head = {"model": {"id": "cxr-clip"}, "data": {"id": "phantom"}, "target": "effusion", "questions": []}
+    assert AuditResult({**head, "cautions": [said]}, tmp_path).summary().splitlines()[1] == f"  CAUTION: {said}"

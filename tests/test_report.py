@@ -126,6 +126,7 @@ def record(text: str = "mark") -> dict[str, Any]:
                 "skipped": {text: text},
             },
         },
+        "cautions": [text],
         "cohort": [
             {
                 **{"attribute": text, "kind": text, "known": 100, "missing": 0, "present": 0.5, "with_target": 0.5},
@@ -225,6 +226,12 @@ def test_the_page_says_what_it_is_and_never_what_a_patient_has():
     assert "Research use only. Not a medical device." in page
     assert "the model used" in page and "mechinterp audit mark --data FOLDER" in page
     assert page.count("the patient has") == 1 and "never “the patient has”" in page
+
+
+def test_a_caution_stands_before_the_verdicts():
+    """What makes a whole audit doubtful is read before its first answer."""
+    page = page_of("mark")
+    assert "<strong>Caution.</strong> mark" in page and page.index("Caution.") < page.index('id="verdict"')
 
 
 def test_the_explainers_table_says_of_how_many_images_and_what_another_prompt_did():

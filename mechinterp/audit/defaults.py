@@ -8,12 +8,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from mechinterp.audit.dictionary import cache_folder
+from mechinterp.audit.dictionary import cache_folder, training_record
 from mechinterp.data import ImageData, open_data
 from mechinterp.errors import StorageError
+from mechinterp.models import HookedVLM
 from mechinterp.storage import MANIFEST, write_bytes, write_manifest
 
-__all__ = ["DEFAULT_IMAGES", "default_data", "is_default"]
+__all__ = ["DEFAULT_IMAGES", "default_data", "is_default", "stand_in"]
 
 DEFAULT_IMAGES = 600
 
@@ -48,6 +49,20 @@ def default_data(images: int = DEFAULT_IMAGES, seed: int = 0) -> ImageData:
 def is_default(data: ImageData, seed: int = 0) -> bool:
     """Whether this is what a command with `--seed SEED` takes when no data are named."""
     return data.root == _folder(DEFAULT_IMAGES, seed)
+
+
+def stand_in(model: HookedVLM, data: ImageData) -> str | None:
+    """What to say where a model of other images is about to be judged on the phantom that is taken by default.
+
+    A model of phantoms names a target of theirs in its training.json. None for such a model, and for named data.
+    """
+    ours = data.root.parent == cache_folder() / "data"
+    if not ours or training_record(model).get("target") in data.targets:
+        return None
+    return (
+        f"No data were named, so {model.label} was asked about synthetic phantoms. Nothing says that it was trained on "
+        "such images: what follows is no result about radiographs. Give --data FOLDER."
+    )
 
 
 def _folder(images: int, seed: int) -> Path:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from mechinterp.audit.candidates import candidates
 from mechinterp.audit.catalogue import Heat, feature_row, heat_maps
 from mechinterp.audit.causal import Trial, stage
 from mechinterp.audit.cohort import cohort
-from mechinterp.audit.defaults import is_default
+from mechinterp.audit.defaults import is_default, stand_in
 from mechinterp.audit.dictionary import dictionary_of, tokens_of, training_record
 from mechinterp.audit.drivers import find_drivers, judge
 from mechinterp.audit.evidence import Evidence, collect, prepare
@@ -49,6 +50,8 @@ from mechinterp.types import FeatureId, Placed, Target
 
 __all__ = ["AuditResult", "audit"]
 
+log = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
 DEFAULT = Settings()
 
@@ -63,6 +66,7 @@ class AuditResult:
     def summary(self) -> str:
         """The verdict box as plain text."""
         lines = [f"{self.record['model']['id']} on {self.record['data']['id']}, target {self.record['target']}"]
+        lines += [f"  CAUTION: {caution}" for caution in self.record["cautions"]]
         lines += [f"  {q['verdict']:10} {q['question']} {q['answer']}" for q in self.record["questions"]]
         return "\n".join(lines)
 
@@ -118,6 +122,7 @@ def audit(
         "schema_version": SCHEMA_VERSION,
         "model": {"id": model.label, "family": model.family, "sha256": model.sha256},
         "data": _about_data(data, evidence) | {"default": is_default(data, seed)},
+        "cautions": [caution] if (caution := stand_in(model, data)) else [],
         "cohort": cohort(evidence, data),
         "target": asked.name,
         "prompts": asdict(asked),
@@ -148,15 +153,19 @@ def audit(
 
 
 def choose_target(model: HookedVLM, data: ImageData, name: str | None) -> Target:
-    """The target called `name`; without a name the one in the model's training.json, else the first of the data."""
+    """The target called `name`; without a name the one in the model's training.json, else the first of the data.
+
+    Warns, before anything is computed, where the data stand in for images that nobody named.
+    """
     if not data.targets:
         raise DataError("defines no target", where=data.name, hint="add targets to dataset.json")
-    if name is None:
-        wanted = training_record(model).get("target")
-        return data.targets[wanted] if wanted in data.targets else next(iter(data.targets.values()))
-    if name not in data.targets:
+    if name is not None and name not in data.targets:
         raise UsageError(f"no target {name!r}", where="target", hint=f"there are: {', '.join(data.targets)}")
-    return data.targets[name]
+    caution = stand_in(model, data)
+    if caution:
+        log.warning(caution)
+    wanted = training_record(model).get("target") if name is None else name
+    return data.targets[wanted] if wanted in data.targets else next(iter(data.targets.values()))
 
 
 def _enough(evidence: Evidence, data: ImageData, target: Target) -> None:
