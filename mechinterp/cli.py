@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "phantom-clip-shortcut"
 DEFAULT_IMAGES = 600
+TARGET = "up to four words: a finding, held against its absence; longer: a prompt; with a question mark: a question"
 
 Command = Callable[..., argparse.ArgumentParser]
 
@@ -127,8 +128,8 @@ def _questions(command: Command) -> None:
     sub = command("explain", _explain, "one saliency map of one image", example)
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--image", type=Path, required=True, metavar="FILE")
-    sub.add_argument("--target", required=True, metavar="TEXT")
-    sub.add_argument("--against", metavar="TEXT", help="the prompt (or answer) to contrast with")
+    sub.add_argument("--target", required=True, metavar="TEXT", help=TARGET)
+    sub.add_argument("--against", metavar="TEXT", help="the prompt (or class) to contrast with, both as they stand")
     sub.add_argument("--method", required=True, metavar="NAME", help="such as occlusion; a wrong name lists all")
     sub.add_argument("--data", metavar="DATA", help="what sae_maps and graph_patches train on where nothing is stored")
 
@@ -136,7 +137,7 @@ def _questions(command: Command) -> None:
     sub = command("graph", _graph, about, "graph cxr-clip --image a.png --target pneumonia --out graph")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--image", type=Path, required=True, metavar="FILE")
-    sub.add_argument("--target", required=True, metavar="TEXT", help="a finding, a prompt, or a question")
+    sub.add_argument("--target", required=True, metavar="TEXT", help=TARGET)
     sub.add_argument("--against", metavar="TEXT", help="the prompt to contrast with; a set: several, with ; between")
     sub.add_argument("--data", metavar="DATA", help="images for the pictures of features (default: a phantom)")
     sub.add_argument("--max-features", type=int, default=1500, metavar="N", help="trace the N most influential (1500)")
@@ -304,12 +305,12 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
+    from mechinterp.audit.asking import target_of
     from mechinterp.audit.explaining import explain_image, write_map
     from mechinterp.data.files import open_image
-    from mechinterp.types import Target
 
     model = _load(args.model)
-    target = Target(args.target, args.target, args.against, question=args.target if "?" in args.target else None)
+    target = target_of(model, args.target, args.against)
     pixels = open_image(args.image)[1]
     made = explain_image(model, pixels, target, args.method, args.seed, lambda: _open(args.data, args.seed))
     print(write_map(made, _out(args)))

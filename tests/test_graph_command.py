@@ -157,10 +157,10 @@ def test_what_a_target_means(model):
         "a chest x-ray with pleural effusion",
         "a chest x-ray without pleural effusion",
     )
-    unknown = target_of(model, "a mass")
-    assert unknown.positive == "a chest x-ray with a mass" and unknown.asked() == "is there a mass ?"
-    pair = target_of(model, "an ap chest x-ray", "a pa chest x-ray")
-    assert (pair.positive, pair.negative) == ("an ap chest x-ray", "a pa chest x-ray")
+    other = target_of(model, "a round opacity")
+    assert other.positive == "a chest x-ray with a round opacity" and other.asked() == "is there a round opacity ?"
+    pair = target_of(model, "a portable chest x-ray", "a normal chest x-ray")
+    assert (pair.positive, pair.negative) == ("a portable chest x-ray", "a normal chest x-ray")
     alone = target_of(model, "a frontal chest x-ray with a pacemaker")
     assert alone.negative is None and alone.positive.startswith("a frontal")
     assert target_of(model, "is there a drain ?").question == "is there a drain ?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ import pytest
 from PIL import Image
 from test_dicom import make_dicom, ramp
 
+from mechinterp.audit.asking import target_of
+from mechinterp.audit.pipeline import choose_target
 from mechinterp.cli import main
+from mechinterp.data import open_data
 from mechinterp.data.files import open_image
-from mechinterp.errors import DataError
+from mechinterp.errors import DataError, UsageError
+from mechinterp.models import HookedVLM
 
 
 def said(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -59,3 +64,64 @@ def test_a_dicom_file_can_be_the_image(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="no such image"):
         open_image(tmp_path / "nowhere.png")
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> str:
+    """A picture that is not of one shade."""
+    path = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(path)
+    return str(path)
+
+
+def test_a_map_and_a_graph_ask_the_same_of_the_same_text(noise: str, tmp_path: Path) -> None:
+    """`explain --target WORD` contrasts the two captions of the finding, as `graph --target WORD` does."""
+    call = ["explain", "phantom-clip", "--image", noise, "--target", "effusion", "--method", "constant"]
+    assert main([*call, "--out", str(tmp_path / "out")]) == 0
+    asked = json.loads((tmp_path / "out" / "map.json").read_text())["target"]
+    meant = target_of(HookedVLM.from_pretrained("phantom-clip"), "effusion")
+    assert meant.negative is not None and asked == {
+        "name": "effusion",
+        "positive": meant.positive,
+        "negative": meant.negative,
+    }
+
+
+@pytest.mark.parametrize("command", [["graph"], ["explain", "--method", "constant"]])
+@pytest.mark.parametrize(
+    ("model", "asked", "words"),
+    [
+        ("cxr-clip", ["--target", "pneumothorax"], "does not know 'pneumothorax'"),
+        ("cxr-clip", ["--target", "a pnuemonia."], "does not know 'pnuemonia', '.'"),
+        ("cxr-clip", ["--target", "a pnuemonia."], "it knows pneumonia"),
+        ("phantom-clip", ["--target", "effusion", "--against", "giraffe"], "it knows pleural effusion, pneumothorax"),
+        ("phantom-llava", ["--target", "is there a giraffe ?"], "does not know 'giraffe'"),
+    ],
+)
+def test_a_word_that_the_model_does_not_know_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    noise: str,
+    tmp_path: Path,
+    command: list[str],
+    model: str,
+    asked: list[str],
+    words: str,
+) -> None:
+    """It would be read as the unknown token: any two such findings would have one score."""
+    call = [command[0], model, "--image", noise, *command[1:], *asked, "--out", str(tmp_path / "out")]
+    assert words in said(capsys, call) and not (tmp_path / "out").exists()
+
+
+def test_a_set_or_a_data_folder_with_an_unknown_word_is_refused(
+    capsys: pytest.CaptureFixture[str], noise: str, tmp_path: Path
+) -> None:
+    """What holds for a typed text holds for prompt sets, and for the targets of audit, iq, features and ablate."""
+    call = ["graph", "cxr-clip", "--image", noise, "--target", "edema", "--against", "effusion; nodule"]
+    assert "'nodule'" in said(capsys, [*call, "--out", str(tmp_path / "out")])
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "metadata.csv").write_text("image,patient_id,hernia\na.png,a,1\n")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "a.png")
+    (folder / "dataset.json").write_text('{"targets": {"hernia": {}}}')
+    with pytest.raises(UsageError, match="target 'hernia': cxr-clip does not know 'hernia'"):
+        choose_target(HookedVLM.from_pretrained("cxr-clip"), open_data(folder), None)

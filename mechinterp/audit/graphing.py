@@ -11,14 +11,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from mechinterp.audit.asking import check_texts, target_of
 from mechinterp.audit.dictionary import transcoders_of
 from mechinterp.audit.feature_names import stored_names
-from mechinterp.data.phantom import FACTORS
-from mechinterp.data.phantom.language import prompts
 from mechinterp.errors import UsageError
 from mechinterp.models import HookedVLM
-from mechinterp.models.bundles import bundled_folder
-from mechinterp.models.tables import Classifier, Dual, Features, Generative
+from mechinterp.models.tables import Dual, Features, Generative
 from mechinterp.types import ImageTextBatch, Placed, Target
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ BUDGET = 1500  # features whose causes are computed: the most influential; the o
 EFFECTS = 100  # features ablated, for each image of an audit
 IMAGES = 3
 BOXES = 40  # features drawn in the report
-PHRASE = 4  # words; what is longer is taken as a prompt of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +107,7 @@ def asked_for(model: HookedVLM, text: str, against: str | None = None) -> tuple[
 
     parts = [part.strip() for part in (against or "").split(";")]
     if len(parts) > 1 and isinstance(model.table.head, Dual):
+        check_texts(model, [text, *parts], "--target or --against")
         target = Target(text, text)
         return target, SetContrast(target, tuple(parts))
     if len(parts) > 1 and isinstance(model.table.head, Generative):
@@ -125,24 +123,6 @@ def seen_by(model: HookedVLM, batch: ImageTextBatch) -> Float[np.ndarray, "heigh
     mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (processor.mean, processor.std))
     grey = (batch.pixel_values[0].float().cpu() * std + mean).mean(0)
     return grey.clamp(0, 1).numpy()
-
-
-def target_of(model: HookedVLM, text: str, against: str | None = None) -> Target:
-    """What a user means by `--target TEXT [--against TEXT]`.
-
-    With `against`, both texts stand as they are. Alone, a phrase of up to four words is a finding, asked in the words
-    that the bundled models were taught: "a chest x-ray with X" against "a chest x-ray without X", or "is there X ?".
-    A longer text stands as it is; one with a question mark is the question. For a classifier both are names of classes.
-    """
-    if not text.strip():
-        raise UsageError("is empty", where="--target", hint="a finding, a caption or a question")
-    if isinstance(model.table.head, Classifier):
-        return Target(text, text, against)
-    if against is not None or "?" in text or len(text.split()) > PHRASE:
-        return Target(text, text, against, question=text if "?" in text else None)
-    if text in FACTORS and bundled_folder(model.label) is not None and not model.label.startswith("cxr"):
-        return Target(text, *prompts(text))
-    return Target(text, f"a chest x-ray with {text}", f"a chest x-ray without {text}", f"is there {text} ?")
 
 
 def graph_section(

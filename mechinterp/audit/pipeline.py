@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mechinterp.audit.asking import check_words
 from mechinterp.audit.candidates import candidates
 from mechinterp.audit.catalogue import Heat, feature_row, heat_maps
 from mechinterp.audit.causal import Trial, stage
@@ -155,17 +156,20 @@ def audit(
 def choose_target(model: HookedVLM, data: ImageData, name: str | None) -> Target:
     """The target called `name`; without a name the one in the model's training.json, else the first of the data.
 
-    Warns, before anything is computed, where the data stand in for images that nobody named.
+    Warns, before anything is computed, where the data stand in for images that nobody named. Raises DataError for data
+    without a target, UsageError for a name that is none, and for a target with a word that the model does not know.
     """
     if not data.targets:
         raise DataError("defines no target", where=data.name, hint="add targets to dataset.json")
     if name is not None and name not in data.targets:
         raise UsageError(f"no target {name!r}", where="target", hint=f"there are: {', '.join(data.targets)}")
+    wanted = training_record(model).get("target") if name is None else name
+    asked = data.targets[wanted] if wanted in data.targets else next(iter(data.targets.values()))
+    check_words(model, asked, f"target {asked.name!r}")
     caution = stand_in(model, data)
     if caution:
         log.warning(caution)
-    wanted = training_record(model).get("target") if name is None else name
-    return data.targets[wanted] if wanted in data.targets else next(iter(data.targets.values()))
+    return asked
 
 
 def _enough(evidence: Evidence, data: ImageData, target: Target) -> None:
