@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechinterp.errors import MechInterpError, UsageError
+from mechinterp.storage import check_writable
 
 if TYPE_CHECKING:
     from mechinterp.data import ImageData
     from mechinterp.models import HookedVLM
-    from mechinterp.types import Target
 
 DEFAULT_MODEL = "phantom-clip-shortcut"
 DEFAULT_IMAGES = 600
+READ_ONLY = ("models", "doctor", "verify")  # commands that write nothing of their own
 TARGET = "up to four words: a finding, held against its absence; longer: a prompt; with a question mark: a question"
 
 Command = Callable[..., argparse.ArgumentParser]
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.seed < 0:
             raise UsageError(f"is {args.seed}", where="--seed", hint="0 or more")
+        if args.out or (args.needs_out not in READ_ONLY and getattr(args, "name", "") != "list"):
+            check_writable(_out(args))
         args.run(args)
     except MechInterpError as error:
         print(f"mechinterp: {error}".replace("\n", " "), file=sys.stderr)
@@ -339,7 +342,7 @@ def _doctor(args: argparse.Namespace) -> None:
     model = _load(args.model)
     data = _open(args.data, args.seed, images=8)
     rows = list(range(min(4, len(data))))
-    target = _target(data)
+    target = next(iter(data.targets.values()))
     batch = model.prepare(data.pixels(rows), [target], ids=tuple(data.images[i] for i in rows))
     checks = doctor(model, batch, target=target)
     for check in checks:
@@ -388,10 +391,6 @@ def _open(folder: str | None, seed: int, images: int = DEFAULT_IMAGES) -> ImageD
     from mechinterp.data import open_data
 
     return open_data(Path(folder)) if folder else default_data(images, seed)
-
-
-def _target(data: ImageData) -> Target:
-    return next(iter(data.targets.values()))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ __all__ = [
     "MANIFEST",
     "atomic_path",
     "canonical_json",
+    "check_writable",
     "discard_earlier",
     "load_tensors",
     "read_json",
@@ -73,6 +74,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if partial is not None:
             with suppress(OSError):  # the first error is the one to report
                 partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise StorageError where `folder` cannot be made or written to: before the work, not after it. Leaves nothing.
+
+    A file is opened, and gone again, in the folder or in the nearest one above it that exists.
+    """
+    folder = Path(folder)
+    hint = "choose another --out"
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        if not there.is_dir():
+            raise StorageError("is no folder", where=str(there), hint=hint)
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror or error}", where=str(folder), hint=hint) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -125,3 +125,32 @@ def test_a_set_or_a_data_folder_with_an_unknown_word_is_refused(
     (folder / "dataset.json").write_text('{"targets": {"hernia": {}}}')
     with pytest.raises(UsageError, match="target 'hernia': cxr-clip does not know 'hernia'"):
         choose_target(HookedVLM.from_pretrained("cxr-clip"), open_data(folder), None)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["data", "phantom"],
+        ["audit", "no-such-model"],
+        ["extract", "no-such-model", "--data", "D", "--site", "S"],
+        ["train", "no-such-store"],
+        ["import", "no-such-folder", "--site", "S"],
+        ["features", "no-such-model"],
+        ["graph", "no-such-model", "--image", "a.png", "--target", "a"],
+        ["ablate", "no-such-model", "--features", "S:1"],
+        ["explain", "no-such-model", "--image", "a.png", "--target", "a", "--method", "lime"],
+        ["iq", "no-such-model"],
+        ["experiment", "no-such-experiment"],
+    ],
+    ids=lambda call: call[0],
+)
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, call: list[str]
+) -> None:
+    """Whatever else is wrong with the command, its --out is the first thing said: nothing has been read or computed."""
+    file = tmp_path / "file"
+    file.write_text("a file, no folder")
+    for out in (file, file / "below" / "it", Path("/proc/nowhere/out")):
+        error = said(capsys, [*call, "--out", str(out)])
+        assert error.startswith(("mechinterp: " + str(file), "mechinterp: " + str(out))) and "--out" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

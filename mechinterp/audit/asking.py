@@ -61,7 +61,7 @@ def check_words(model: HookedVLM, target: Target, where: str) -> None:
 
 
 def check_texts(model: HookedVLM, texts: Sequence[str], where: str) -> None:
-    """Raise UsageError that names the words of `texts` that the model does not know, and proposes words that it does."""
+    """Raise UsageError that names the words of `texts` that the model does not know, and some that it does."""
     unknown = unknown_words(model, texts)
     if not unknown:
         return
