@@ -12,13 +12,15 @@ import torch
 
 from mechinterp.audit.defaults import default_data
 from mechinterp.errors import UsageError
-from mechinterp.experiments import iq_image, iq_main, run_experiment
+from mechinterp.experiments import iq_image, iq_main, iq_text, run_experiment
 from mechinterp.experiments.iq_claims import Aim, averages, direction
 from mechinterp.experiments.iq_judges import OWN_FILL, RBP_SAME, by, check_judges, left_out
 from mechinterp.experiments.iq_multiverse import Multiverse, flips, rows_needed
+from mechinterp.experiments.iq_references import References, explained_to, reference_claims, reference_tables
 from mechinterp.experiments.iq_rows import judges_of
 from mechinterp.experiments.iq_study import PLAIN, RBP, Difference, Study, Trial, arms, shuffled, trial, two_level
 from mechinterp.experiments.iq_sweep import DEFAULT, GRID, scores_of
+from mechinterp.experiments.iq_toys import explainers_for, toy_study
 from mechinterp.explain.bounds import Check, bounded, capped, with_bounds
 from mechinterp.explain.inject import Scale, injected
 from mechinterp.explain.question import Part, Question
@@ -161,6 +163,48 @@ def test_the_bundled_judges_of_images_are_not_the_explainers_fill():
     toy = iq_image.toy_of(0, iq_image.QUICK)
     check_judges(toy.question, toy.judges)
     assert len(toy.judges) == 2, "two references a modality"
+
+
+def test_explainers_have_a_second_reference_in_images_and_text():
+    """What removes follows the second reference and what does not stays; who judges is held out from each."""
+    asked = ("no injection", "no injection, explainers remove to {}")
+    for toy in (
+        iq_image.toy_of(0, iq_image.QUICK),
+        iq_text.toy_of(iq_text.corpus(400, 0), 0, iq_text.QUICK),
+    ):
+        explainers = {n: m for n, m in explainers_for(toy.question).items() if n in ("occlusion", "grad_cam")}
+        study = toy_study([toy], {asked[0]: None}, (), explainers, 3, 0, asked[:1])
+        first, second = asked[0], asked[1].format(toy.second.name)
+        assert list(study.trials) == [first, second] and toy.second.name not in study.trials[second][0].judges
+        kept, moved = ({c: study.values((c, n, PLAIN), "R") for c in study.trials} for n in ("grad_cam", "occlusion"))
+        assert np.array_equal(kept[first], kept[second], equal_nan=True)
+        assert not np.allclose(moved[first], moved[second], equal_nan=True)
+
+
+def test_the_table_of_references_names_who_judged():
+    """R once, F and IS by each judge, with either reference; a higher R with the second one is claimed of it alone."""
+    base, spur, second = "psi 0", "psi 1", "blur"
+    study, n = Study(), 20
+    rng = np.random.default_rng(0)
+    for condition, r in (
+        (base, 0.3),
+        (spur, 0.3),
+        (explained_to(base, second), 0.3),
+        (explained_to(spur, second), 0.5),
+    ):
+        judges = ("grey", "others") if second in condition else ("blur", "others")
+        of = {c: rng.normal(0.5, 0.01, n) for c in ("F_dist", "IS_p2", "IS_zero_p2", "coverage", "slot")}
+        of |= {by(c, "others"): rng.normal(0.5, 0.01, n) for c in ("F_dist", "IS_p2", "IS_zero_p2")}
+        columns = {("lime", PLAIN): of | {"R": rng.normal(r, 0.01, n)}}
+        study.add(Trial(condition, columns, np.ones(n, bool), judges))
+    found = References(study, base, spur, ("grey", second))
+    tables = reference_tables(found, ["lime"])
+    assert [t.header[1:3] for t in tables] == [("R", "F by blur")] * 3 + [("R", "F by grey")] * 3
+    assert all("IS (skip) by others" in t.header for t in tables)
+    claims = {c.claim: c.holds for c in reference_claims(found, "it", ["lime"], ["lime"])}
+    assert claims["injection raises R, where explainers remove to blur"]
+    assert not claims["injection lowers F by grey, where explainers remove to blur"]
+    assert direction("R", found.changes("grey", ["lime"], "R"), +1).holds is False
 
 
 def test_rows_are_judged_by_training_rows_of_their_own():

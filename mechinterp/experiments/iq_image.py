@@ -7,6 +7,7 @@
 3. R, F, IS and companions before and after, for every explainer of patches (Grad-CAM too), plain, under RBP, under an
    exaggerated RBP, and under bounds. Explainers remove patches to the background's mean; F is scored against the
    blurred image and against patches of other images, so that no explainer is judged by its own removal.
+4. The same before and after, plain, when explainers remove patches to the blurred image; the background's mean judges.
 
 18 minutes on one core with 16 draws; with 30, the default, not timed.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from mechinterp.experiments.iq_judges import left_out_note
 from mechinterp.experiments.iq_page import Layout, injection_result
+from mechinterp.experiments.iq_references import Second
 from mechinterp.experiments.iq_toys import (
     ANCHORS,
     CIRCULAR,
@@ -44,6 +46,7 @@ __all__ = ["Shapes", "Sizes", "bright_pixel", "run", "shapes", "toy_of"]
 SIDE, GRID, SLOT = 16, 4, 0
 BRIGHT = 1.5  # shapes reach 1
 NONE, PIXEL, CONTROL = "no injection", "bright pixel", "shuffled"
+MEAN, BLUR, OTHERS = "the background's mean", "blur", "other images"
 
 
 QUICK = Sizes(rows=5, seeds=1, draws=3, steps=60, psi=(0.8,), few=True)
@@ -126,12 +129,11 @@ def toy_of(seed: int, size: Sizes) -> Toy:
 
     owner = patch_owner(SIDE, SIDE, GRID, GRID)
     question = about_function(net, images, torch.zeros(SIDE, SIDE), owner, "patch", (GRID, GRID), inner)
-    judges = {
-        "blur": replace(question, parts=(replace(question.parts[0], reference=blurred(images)),)),
-        "other images": refilled(question, "resample", torch.Generator().manual_seed(71_000 + seed)),
-    }
+    blur = replace(question, parts=(replace(question.parts[0], reference=blurred(images)),))
+    others = refilled(question, "resample", torch.Generator().manual_seed(71_000 + seed))
     scale = scale_of(about_function(net, many, torch.zeros(SIDE, SIDE), owner, "patch"))
-    return Toy(question, judges, SLOT, scale, skill)
+    second = Second(BLUR, blur, {MEAN: question, OTHERS: others})
+    return Toy(question, {BLUR: blur, OTHERS: others}, SLOT, scale, skill, second)
 
 
 def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Result:
@@ -142,11 +144,13 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
     conditions[CONTROL] = dealt(max(size.psi))
     strongest = f"psi {max(size.psi):g}"
     explainers = explainers_for(toys[0].question, size.few)
-    study = toy_study(toys, conditions, (NONE, strongest, PIXEL), explainers, size.draws, seed)
+    study = toy_study(toys, conditions, (NONE, strongest, PIXEL), explainers, size.draws, seed, (NONE, strongest))
     anchors = tuple(n for n in ANCHORS if n in explainers)
     real = tuple(n for n in explainers if n not in anchors)
     line = ((NONE, 0.0), *((f"psi {p:g}", p) for p in size.psi))
-    layout = Layout(NONE, strongest, line, real, anchors, "the injected patch", CIRCULAR, (PIXEL,), CONTROL)
+    layout = Layout(
+        NONE, strongest, line, real, anchors, "the injected patch", CIRCULAR, (PIXEL,), CONTROL, (MEAN, BLUR)
+    )
     skills = [toy.skill for toy in toys]
     squares = [toy.question.score() > 0 for toy in toys]
     share = float(study.kept(PIXEL).sum() / max(1, sum(int(s.sum()) for s in squares)))

@@ -10,6 +10,7 @@ import numpy as np
 from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
 from mechinterp.experiments.iq_claims import Aim, averages, direction
 from mechinterp.experiments.iq_judges import OWN_FILL, RBP_SAME, by
+from mechinterp.experiments.iq_references import References, level, reference_claims, reference_rows, reference_tables
 from mechinterp.experiments.iq_study import (
     BOUNDS,
     CHECK,
@@ -24,10 +25,9 @@ from mechinterp.experiments.iq_study import (
 )
 from mechinterp.experiments.result import Claim, Result, Row, Table
 
-__all__ = ["Layout", "forest", "injection_result", "level", "levels"]
+__all__ = ["Layout", "forest", "injection_result", "levels"]
 
 SHOWN = ("R", "R_floor", "F_dist", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage", "slot")
-MOVING = ("R", "IS_p2", "R_null", "R_excess")
 HEADER = ("R", "R by shuffling", "F", "IS (skip)", "IS (zero)", "R_null", "R_excess", "coverage", "on the slot")
 MOVED = ("R", "F_dist", "IS_p2", "IS_zero_p2", "R_excess", "slot")
 JUDGED = ("F_dist", "IS_p2", "IS_zero_p2", "R_excess")
@@ -73,6 +73,7 @@ class Layout:
             them.
         also: further conditions to set against `base`.
         control: the condition with the injected values of `spur`, shuffled over inputs.
+        removed_to: the explainers' reference and, where `base` and `spur` were measured twice, the second one.
     """
 
     base: str
@@ -84,6 +85,7 @@ class Layout:
     circular: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     control: str | None = None
+    removed_to: tuple[str, ...] = ()
 
     @property
     def fair(self) -> tuple[str, ...]:
@@ -120,6 +122,11 @@ def injection_result(study: Study, layout: Layout, notes: Sequence[str]) -> Resu
         tables += [_treated_table(spur, treated, names, t) for t in TREATMENTS]
         tables.append(_reference_table(study, layout, spur))
     claims = [claim for spur in spurs for claim in _claims(study, layout, spur, moved, treated)]
+    if layout.removed_to:
+        twice = References(study, layout.base, layout.spur, layout.removed_to)
+        rows += reference_rows(twice, names)
+        tables += reference_tables(twice, names)
+        claims += reference_claims(twice, layout.slot, layout.real, layout.fair)
     gates = [line for spur in spurs for line in gate_notes(study, spur)]
     return Result(rows, claims, tables, _figure(study, layout, treated), (*notes, *gates, *READING_NOTES))
 
@@ -216,12 +223,6 @@ def levels(study: Study, condition: str, names: Sequence[str], treatment: str = 
     here = [(n, *(level(study, (condition, n, treatment), c) for c in shown)) for n in names]
     header = tuple(shown.values())
     return Table(f"Scores, {condition}", ("explainer", *header), tuple(here))
-
-
-def level(study: Study, key: Key, column: str) -> float | str:
-    """A mean score for a table; "-" for reliance on the output where no attribution moves (coverage 0)."""
-    still = column in MOVING and study.mean(key, "coverage") == 0
-    return "-" if still else study.mean(key, column)
 
 
 def _has(study: Study, condition: str, column: str) -> bool:

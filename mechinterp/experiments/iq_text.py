@@ -8,6 +8,7 @@
 3. R, F, IS and companions before and after, for every explainer of words, plain, under RBP, under an exaggerated RBP,
    and under bounds. Explainers remove words to an unknown word; F is scored against the vocabulary's mean vector and
    against words of other captions.
+4. The same before and after, plain, when explainers remove words to a neutral word, which stands in every caption.
 
 10 minutes on one core with 16 draws; with 30, the default, not timed.
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from mechinterp.data.phantom import Phantom
 from mechinterp.experiments.iq_judges import left_out_note
 from mechinterp.experiments.iq_page import Layout, injection_result
+from mechinterp.experiments.iq_references import Second
 from mechinterp.experiments.iq_toys import ANCHORS, CIRCULAR, Toy, dealt, explainers_for, fit, following, toy_study
 from mechinterp.experiments.iq_toys import Sizes as ToySizes
 from mechinterp.experiments.result import Result
@@ -36,9 +38,10 @@ __all__ = ["Corpus", "Reader", "Sizes", "corpus", "run", "stamp_follows", "stamp
 
 WORDS, LENGTH = 13, 14  # a stamp comes first
 UNKNOWN, STAMPS, FIRST_WORD = 0, (1, 2), 3
-FACTOR = "cardiomegaly"
+FACTOR, NEUTRAL = "cardiomegaly", "chest"  # every caption is of a chest
 D, HEADS = 16, 2
 NONE, STAMP, CONTROL = "no injection", "stamp word", "shuffled"
+LOST, COMMON = "the unknown word", f"the word {NEUTRAL}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,8 @@ def toy_of(found: Corpus, seed: int, size: Sizes) -> Toy:
         "the mean vector": about(rows, table[FIRST_WORD:].mean(0)),
         "other captions": refilled(question, "resample", torch.Generator().manual_seed(92_000 + seed)),
     }
-    return Toy(question, judges, 0, scale_of(about(many, table[UNKNOWN])), skill)
+    neutral = about(rows, table[found.vocabulary.index(NEUTRAL)])
+    return Toy(question, judges, 0, scale_of(about(many, table[UNKNOWN])), skill, Second(COMMON, neutral, judges))
 
 
 def stamp_follows(toy: Toy, near: Question, seed: int) -> Injected:
@@ -180,11 +184,13 @@ def run(seed: int = 0, quick: bool = False, sizes: Sizes | None = None) -> Resul
     conditions[CONTROL] = dealt(max(size.psi))
     strongest = f"psi {max(size.psi):g}"
     explainers = explainers_for(toys[0].question, size.few)
-    study = toy_study(toys, conditions, (NONE, strongest, STAMP), explainers, size.draws, seed)
+    study = toy_study(toys, conditions, (NONE, strongest, STAMP), explainers, size.draws, seed, (NONE, strongest))
     anchors = tuple(n for n in ANCHORS if n in explainers)
     real = tuple(n for n in explainers if n not in anchors)
     line = ((NONE, 0.0), *((f"psi {p:g}", p) for p in size.psi))
-    layout = Layout(NONE, strongest, line, real, anchors, "the injected word", CIRCULAR, (STAMP,), CONTROL)
+    layout = Layout(
+        NONE, strongest, line, real, anchors, "the injected word", CIRCULAR, (STAMP,), CONTROL, (LOST, COMMON)
+    )
     skills = [toy.skill for toy in toys]
     notes = [
         f"Captions classified rightly, not trained on: {min(skills):.2f} to {max(skills):.2f} over {len(skills)} seeds "

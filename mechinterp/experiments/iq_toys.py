@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mechinterp.experiments.iq_judges import Judges
+from mechinterp.experiments.iq_references import Second, explained_to
 from mechinterp.experiments.iq_study import PLAIN, TREATMENTS, Study, arms, shuffled, trial
 from mechinterp.explain.bounds import Check
 from mechinterp.explain.inject import Injected, Scale, injected
@@ -60,6 +61,7 @@ class Toy:
         slot: the element that is injected.
         scale: of the output over `question`.
         skill: share of unseen rows classified rightly.
+        second: the same rows with another reference for the explainers, and who judges F then.
     """
 
     question: Question
@@ -67,6 +69,7 @@ class Toy:
     slot: int
     scale: Scale
     skill: float
+    second: Second
 
 
 Inject = Callable[[Toy, Question, int], Injected]
@@ -119,8 +122,12 @@ def toy_study(
     explainers: Mapping[str, ElementExplainer],
     draws: int,
     seed: int,
+    twice: Sequence[str] = (),
 ) -> Study:
-    """Every explainer on every toy under every condition; treatments only where `treated` names the condition."""
+    """Every explainer on every toy under every condition; treatments only where `treated` names the condition.
+
+    Conditions in `twice` are measured once more with the toy's second reference (see `explained_to`), untreated.
+    """
     study = Study()
     for t, toy in enumerate(progress(toys, "models", unit="model")):
         check = Check(seed=seed + t)
@@ -134,4 +141,10 @@ def toy_study(
                 return inject(toy, near, seed + 7 * t + 1)
 
             study.add(trial(condition, toy.question, wanted, toy.judges, change, (toy.slot,), draws, seed=seed + t))
+            if condition in twice:
+                again, name = toy.second, explained_to(condition, toy.second.name)
+                plain, at = arms(explainers, (PLAIN,)), (toy.slot,)
+                study.add(
+                    trial(name, again.question, plain, again.judges, change, at, draws, seed=seed + t, own_fill=False)
+                )
     return study

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechinterp.experiments.canvas import COLOURS, GREY, axes_of, canvas, png
-from mechinterp.experiments.iq_page import level
+from mechinterp.experiments.iq_references import level
 from mechinterp.experiments.iq_study import PLAIN, Difference, Study, corrected
 from mechinterp.experiments.result import Claim, Result, Row, Table
 
