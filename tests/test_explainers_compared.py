@@ -168,6 +168,25 @@ def test_grades_follow_the_evidence(compared, tmp_path):
         assert "limits.json" in str(error.value)
 
 
+def test_what_is_judged_by_its_own_fill_is_marked_and_not_graded(compared, models, cohort, tmp_path):
+    """Occlusion fills with grey: judged by grey its F is circular, judged by blur it is not; a gradient's never is."""
+    by_blur = {name: row_of(compared, name)["circular"] for name in METHODS}
+    assert {name for name, which in by_blur.items() if "F" in which} == set()
+    assert {name for name, which in by_blur.items() if which == ["F_own"]} == {"occlusion", "oracle"}
+    target, rows = cohort.targets["finding"], compared["shortcut"].made.rows.tolist()
+    grey = replace(EFFORT, draws=3, judge="grey")
+    methods = methods_of(("occlusion", "gradient_times_input"))
+    made = compare_explainers(models["shortcut"], cohort, target, methods, grey, 0, rows)
+    occlusion, gradient = made.rows
+    assert {"F", "IS", "R_excess", "curves"} <= set(occlusion["circular"]) and gradient["circular"] == []
+    assert occlusion["F"] == pytest.approx(1) and occlusion["grade"] == "NOT GRADED"
+    assert "circular" in occlusion["grade_reason"] and "circular" not in gradient["grade_reason"]
+    table = write_folder(made, cohort, tmp_path, 0, 1.0, "mechinterp iq toy")
+    shown = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
+    assert "1.00 °" in shown["occlusion"] and "°" not in shown["gradient_times_input"]
+    assert json.loads((tmp_path / "iq.json").read_text())["fills"] == {"explainers": "grey", "judge": "grey"}
+
+
 def test_a_planted_mark_is_shown_by_what_removes_patches(compared):
     """In the model that learnt the mark, relevance lies on it; in the clean one and for noise, it does not."""
     shown = row_of(compared, "occlusion")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from mechinterp.metrics.faithfulness import (
     held_out,
     infidelity,
     insertion_deletion,
+    judged_by,
     naopc,
     random_subsets,
     ranked,
@@ -232,6 +235,16 @@ def test_what_was_built_from_a_removal_is_not_scored_by_it():
     check_held_out("occlusion", "single_fill", GREY, BLUR)
     with pytest.raises(UsageError, match="which fill"):
         held_out("single_fill", None, GREY)
+
+
+def test_questions_say_by_their_fill_who_may_judge(question):
+    """The same name is circular for what removes, another is not; a question without a name judges nothing."""
+    grey, blur = replace(question, fill="grey"), refilled(question, "mean")
+    assert blur.fill == "mean"
+    assert judged_by("single_fill", grey, grey) == judged_by("subset_fill", grey, grey) == "circular"
+    assert judged_by("subset_fill", grey, blur) == judged_by("gradient", grey, grey) == "held out"
+    with pytest.raises(UsageError, match="does not say what removed elements become"):
+        judged_by("single_fill", grey, question)
 
 
 def test_other_rows_as_reference(question):

@@ -44,6 +44,7 @@ def about_image(
         (rows, columns),
         Source(model, batch, target),
         chunk=chunk,
+        fill=fill,
     )
 
 
@@ -66,7 +67,8 @@ def about_words(
     def function(values: tuple[Tensor, ...]) -> Tensor:
         return score_words(model, target, words, values[0], values[1])
 
-    return Question((still, part), function, len(words), words.texts, None, Source(model, batch, target), chunk=chunk)
+    source = Source(model, batch, target)
+    return Question((still, part), function, len(words), words.texts, None, source, chunk=chunk, fill=fill)
 
 
 def about_both(
@@ -86,7 +88,8 @@ def about_both(
         return score_words(model, target, words, features_of(model, values[0]), values[1])
 
     names = _patch_names(rows, columns) + words.texts
-    return Question(parts, function, len(names), names, None, Source(model, batch, target), chunk=chunk)
+    source = Source(model, batch, target)
+    return Question(parts, function, len(names), names, None, source, chunk=chunk, fill=f"{fill}+{word_fill}")
 
 
 def about_function(

@@ -193,7 +193,7 @@ def _about(model: HookedVLM, batch: ImageTextBatch, target: Target, baseline: fl
     question = about_image(model, batch, target, chunk=chunk)
     part = question.parts[0]
     reference = torch.as_tensor(baseline).to(part.value).expand_as(part.value)
-    return replace(question, parts=(replace(part, reference=reference),))
+    return replace(question, parts=(replace(part, reference=reference),), fill="")
 
 
 def _squares(rows: int, columns: int, side: int) -> Bool[Tensor, "square patch"]:

@@ -100,6 +100,7 @@ class Question:
         source: where it came from a HookedVLM; methods that read attention or features of a model need it.
         inner: features at the elements, for functions without a source.
         chunk: rows through `function` at once.
+        fill: the name of what removed elements become, several joined by "+" (see `Removal`); "": nobody said.
     """
 
     parts: tuple[Part, ...]
@@ -110,6 +111,7 @@ class Question:
     source: Source | None = None
     inner: Inner | None = None
     chunk: int = CHUNK
+    fill: str = ""
 
     def __len__(self) -> int:
         return len(self.parts[0].value)

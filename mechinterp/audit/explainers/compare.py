@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float
 from mechinterp.audit.evidence import prepare
 from mechinterp.audit.explainers.choose import chosen_rows, masks_of
 from mechinterp.data import ImageData
-from mechinterp.explain.ask import about_image
+from mechinterp.explain.ask import Fill, about_image
 from mechinterp.explain.methods import Method, applies
 from mechinterp.explain.question import Question
-from mechinterp.metrics.faithfulness import insertion_deletion
+from mechinterp.metrics.faithfulness import insertion_deletion, judged_by
 from mechinterp.metrics.iq import IQScores, Measurement, iq, permutation_floor
 from mechinterp.metrics.iq.ask import Bench, effects_of, stage
 from mechinterp.models import HookedVLM
@@ -25,6 +25,8 @@ from mechinterp.types import Target
 __all__ = ["Comparison", "Effort", "Judged", "compare"]
 
 STEPS = 16  # of the insertion and deletion curves
+BY_JUDGE = ("F", "F_corr", "IS", "IS_zero", "IS_p1", "IS_p4", "R_null", "R_excess", "curves")
+BY_OWN_FILL = ("F_own",)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Effort:
         images: test images, one a patient.
         draws: perturbations of each, for R (30 or more; with fewer, its floor by chance rises).
         noise: of the perturbation, relative to each patch.
+        judge: the filling of the removals that F, the curves and R_excess are made of; explainers fill with grey.
         masks: names of attributes whose masks maps are held beside, the target's own apart. They change no other
             number: images are chosen without regard to them, and one without the mask is left out of its column.
     """
@@ -42,6 +45,7 @@ class Effort:
     images: int = 6
     draws: int = 30
     noise: float = 0.05
+    judge: Fill = "blur"
     masks: tuple[str, ...] = ()
 
 
@@ -52,6 +56,7 @@ class Judged:
     Args:
         attribution: `[image, element]` at the images themselves.
         scores: IQ with effects from the judge's filling (blur), which no explainer used.
+        circular: the columns (see `columns_of`) scored by the removals that the method is made of: no evidence.
         F_own: F_dist against effects of the explainers' own filling (grey), shown beside.
         floor: R with outputs shuffled, mean over shuffles, of each image.
         curve: insertion minus deletion by the judge's filling (`Curves.gain`).
@@ -65,6 +70,7 @@ class Judged:
     floor: Float[np.ndarray, " image"]
     curve: Float[np.ndarray, " image"]
     seconds: float
+    circular: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Comparison:
     curve_oracle: Float[np.ndarray, " image"]
     has_target_mask: bool = False
     refused: dict[str, str] = field(default_factory=dict)
+    judge_fill: Fill = "blur"
 
 
 def compare(
@@ -101,7 +108,8 @@ def compare(
     """Explain, perturb, explain again, remove; for every method that can answer a question about this model's patches.
 
     Explainers fill removed patches with mean grey; F is judged with the image's own blur as the filling, so that no
-    method is scored by the operation that made it. `rows`: images, instead of those that `chosen_rows` picks from the
+    method is scored by the operation that made it; where `Effort.judge` says otherwise, `Judged.circular` names what
+    such a score is worth nothing in. `rows`: images, instead of those that `chosen_rows` picks from the
     seed alone.
 
     Raises DataError without labelled test patients.
@@ -109,7 +117,7 @@ def compare(
     picked = chosen_rows(data, target.name, effort.images, seed) if rows is None else np.asarray(rows)
     batch = prepare(model, data, picked, target)
     question = about_image(model, batch, target, "grey")
-    judge = about_image(model, batch, target, "blur")
+    judge = about_image(model, batch, target, effort.judge)
     bench = stage(question, judge, effort.draws, effort.noise, seed)
     own = effects_of(question).double().numpy()
     judged: dict[str, Judged] = {}
@@ -118,22 +126,31 @@ def compare(
         if not applies(method, question):
             refused[name] = f"does not apply to a {model.family} model"
             continue
-        judged[name] = _judge(method, bench, judge, own, seed)
+        judged[name] = _judge(method, bench, question, judge, own, seed)
     attribute = data.target_attribute(target.name)
     wanted = ((attribute,) if attribute else ()) + tuple(name for name in effort.masks if name != attribute)
     masks = {name: masks_of(model, data, name, picked) for name in wanted}
     patients = tuple(data.patients[int(row)] for row in picked)
     by_chance = _curve(judge, np.random.default_rng(seed).standard_normal(own.shape))
     by_effect = _curve(judge, bench.effect[:, 0])
-    has_mask = attribute is not None
-    return Comparison(model, target, question, picked, patients, judged, masks, by_chance, by_effect, has_mask, refused)
+    curves, has_mask = (by_chance, by_effect), attribute is not None
+    return Comparison(
+        model, target, question, picked, patients, judged, masks, *curves, has_mask, refused, effort.judge
+    )
 
 
 def _curve(judge: Question, attribution: Float[np.ndarray, "image element"]) -> Float[np.ndarray, " image"]:
     return insertion_deletion(judge, torch.from_numpy(attribution), STEPS).gain.value
 
 
-def _judge(method: Method, bench: Bench, judge: Question, own: Float[np.ndarray, "image element"], seed: int) -> Judged:
+def _judge(
+    method: Method,
+    bench: Bench,
+    question: Question,
+    judge: Question,
+    own: Float[np.ndarray, "image element"],
+    seed: int,
+) -> Judged:
     attributions, seconds = bench.explain(method.explain, seed)
     measured = bench.measurement(attributions)
     own_effects = Measurement(
@@ -143,4 +160,9 @@ def _judge(method: Method, bench: Bench, judge: Question, own: Float[np.ndarray,
     defined = np.isfinite(shuffled).all(0)
     floor = np.where(defined, np.where(np.isfinite(shuffled), shuffled, 0.0).mean(0), np.nan)
     curve = _curve(judge, attributions[:, 0])
-    return Judged(method, attributions[:, 0], iq(measured), iq(own_effects).F_dist, floor, curve, seconds)
+    asked = ((judge, BY_JUDGE), (question, BY_OWN_FILL))
+    circular = tuple(
+        c for by, names in asked if judged_by(method.built_from, question, by) == "circular" for c in names
+    )
+    scores, F_own = iq(measured), iq(own_effects).F_dist
+    return Judged(method, attributions[:, 0], scores, F_own, floor, curve, seconds, circular)

@@ -23,6 +23,7 @@ SHOWN = (
     ("R_excess", "R_excess"),
     ("coverage", "coverage"),
     ("curves", "curves"),
+    ("F_own", "F, own fill"),
     ("auprc", "AUPRC"),
     ("randomisation", "weights"),
     ("prompt_randomisation", "prompt"),
@@ -30,19 +31,20 @@ SHOWN = (
 )
 BESIDE = (("label_randomisation", "labels"), ("repeatability", "again"), ("reproducibility", "other"))
 """Columns of checks against other models, shown where there is one."""
-EXPLAINED = """R: correlation of a patch's attribution with the output over small perturbations (by chance: R_floor
-in iq.json); high is bad, but exact explanations can have it too. F: agreement with the effects of removing patches,
-by a filling that no method used. IS = ((R^2 + (1 - F)^2) / 2)^(1/2); never read it without R and F: (1, 1) and (0, 0)
-tie. IS (zero) counts patches whose attribution never moves as R = 0. R_null: reliance on the output at patches
-without effect. R_excess: reliance beyond that of the true effects. "-": not defined, as no patch's attribution moves.
-coverage: share of patches whose attribution moves, the only ones that R and IS count. curves: insertion minus
-deletion by blurring, 0 a random order, 1 the order of the true effects. AUPRC: against the target's mask. weights,
-prompt, other finding: similarity of the map after the vision tower's weights were replaced, the prompt by nonsense,
-or by that of another finding; labels: to the map of a model trained on permuted labels. "=" marks a map that stayed
-as alike as maps of other patients are, which is a failure. again, other: similarity to the map of the same trained
-again, or of another architecture; "≠" marks a map that did not come back, which may be the models' doing as well.
-"?": not decided, the interval holds the likeness of maps of other patients. R, F and IS are those of iq-reading-1,
-not the paper's."""
+EXPLAINED = """R: correlation of a patch's attribution with the output over small perturbations (by chance: R_floor in
+iq.json); high is bad, but exact explanations can have it too. F: agreement with the effects of removing patches, by a
+filling that no method used. IS = ((R^2 + (1 - F)^2) / 2)^(1/2); never read it without R and F: (1, 1) and (0, 0) tie.
+IS (zero) counts patches whose attribution never moves as R = 0. R_null: reliance on the output at patches without
+effect. R_excess: reliance beyond that of the true effects. "-": not defined, as no patch's attribution moves.
+coverage: share of patches whose attribution moves, the only ones that R and IS count. curves: insertion minus deletion
+by blurring, 0 a random order, 1 the order of the true effects. F, own fill: by the filling that methods used. "°"
+marks a score made by the very removals that the method is made of: it is circular, no evidence. AUPRC: against the
+target's mask. weights, prompt, other finding: similarity of the map after the vision tower's weights were replaced,
+the prompt by nonsense, or by that of another finding; labels: to the map of a model trained on permuted labels. "="
+marks a map that stayed as alike as maps of other patients are, which is a failure. again, other: similarity to the map
+of the same trained again, or of another architecture; "≠" marks a map that did not come back, which may be the models'
+doing as well. "?": not decided, the interval holds the likeness of maps of other patients. R, F and IS are those of
+iq-reading-1, not the paper's."""
 GRADED = """The grade is that of the worst piece of evidence (F, curves, R_excess, weights, prompt), each at the end of
 its 95 % interval that speaks against the method; a piece that was not decided makes it NOT GRADED. The thresholds are
 conventions (`mechinterp.metrics.grades.Thresholds`; `--thresholds FILE` sets others): no study ties them to any
@@ -109,4 +111,5 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
         return "" if key in dict(BESIDE) else missing(row, key)
     mark = " ≠" if key in ("repeatability", "reproducibility") else " ="
     failed = {"fail": mark, "not tested": " ?"}.get(row.get(f"{key}_verdict", ""), "")
+    failed += " °" if key in row["circular"] else ""
     return f"{value:.2f}{failed}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")

@@ -42,7 +42,8 @@ def curve_share(made: Comparison, judged: Judged, seed: int = 0) -> Measured:
 
 
 def graded(made: Comparison, row: Mapping[str, Any], curves: Measured, thresholds: Thresholds | None = None) -> Grade:
-    """The grade of one record of `explainer_rows`. F and the curves are by blur, which no explainer was built with.
+    """The grade of one record of `explainer_rows`. F and the curves are by blur, which no explainer was built with;
+    what is circular all the same is not graded.
 
     R_excess is graded as it is, without taking off what chance adds to it: that counts against the method.
     """
@@ -54,8 +55,13 @@ def graded(made: Comparison, row: Mapping[str, Any], curves: Measured, threshold
         prompt=row[f"{FIELDS['nonsense']}_verdict"],
         localisation=_localisation(row) if "localisation" in limits.needed else None,
         excess=_measured(row, "R_excess"),
+        circular="F" in row["circular"],
     )
-    return grade(row["method"], f"{made.target.name} by {made.model.label}", evidence, limits)
+    task = f"{made.target.name} by {made.model.label}"
+    if evidence.circular:
+        reason = "circular: scored by the removals that it was built from"
+        return Grade(row["method"], task, "NOT GRADED", None, (), reason)
+    return grade(row["method"], task, evidence, limits)
 
 
 def grade_fields(found: Grade) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def explainer_rows(
 ) -> list[dict[str, Any]]:
     """One record a method: every score as mean over images, `ci95` over patients, `n` images that have one, seconds.
 
+    `circular` names the scores made by the removals that the method is made of, which are no evidence.
+
     Args:
         extra: further per-image columns, `{column: {method: [image]}}`: localisation.
         checks: sanity checks of each method.
@@ -68,6 +70,7 @@ def explainer_rows(
                 "method": name,
                 "built_from": judged.method.built_from,
                 "anchor": judged.method.anchor,
+                "circular": list(judged.circular),
                 "images": len(made.rows),
                 "auprc": None,
                 **{c: value for c, (value, _) in numbers.items()},

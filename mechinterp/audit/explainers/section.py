@@ -35,6 +35,7 @@ IN_AUDITS = (
     "echo",
 )
 """The usual maps and three anchors; `mechinterp iq` takes all methods."""
+FILLS = {"blur": "the blurred image", "grey": "mean grey"}
 OTHERS = 2  # other findings whose prompts replace the target's
 
 
@@ -55,7 +56,8 @@ class Compared:
             "images": list(self.made.question.source.batch.ids) if self.made.question.source else [],
             "patients": len(set(self.made.patients)),
             "reading": "iq-reading-1",
-            "judge": "effects with each patch replaced by the blurred image; explainers use mean grey",
+            "judge": f"effects with each patch replaced by {FILLS[self.made.judge_fill]}; explainers use mean grey",
+            "fills": {"explainers": self.made.question.fill, "judge": self.made.judge_fill},
             "controls": self.controls,
             "explainers": self.rows,
             "refused": self.made.refused,

@@ -15,7 +15,7 @@ from mechinterp.metrics.faithfulness.curves import (
     ranked,
     sufficiency,
 )
-from mechinterp.metrics.faithfulness.held_out import Removal, check_held_out, held_out, refilled, scored_by
+from mechinterp.metrics.faithfulness.held_out import Removal, check_held_out, held_out, judged_by, refilled, scored_by
 from mechinterp.metrics.faithfulness.removals import (
     Removals,
     faithfulness_correlation,
@@ -38,6 +38,7 @@ __all__ = [
     "held_out",
     "infidelity",
     "insertion_deletion",
+    "judged_by",
     "naopc",
     "random_subsets",
     "ranked",

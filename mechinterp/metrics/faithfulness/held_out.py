@@ -17,7 +17,7 @@ from mechinterp.errors import UsageError
 from mechinterp.explain.methods import BuiltFrom
 from mechinterp.explain.question import Question
 
-__all__ = ["Removal", "Verdict", "check_held_out", "held_out", "refilled", "scored_by"]
+__all__ = ["Removal", "Verdict", "check_held_out", "held_out", "judged_by", "refilled", "scored_by"]
 
 Space = Literal["input", "latent"]
 Verdict = Literal["held out", "circular"]
@@ -70,6 +70,18 @@ def held_out(built_from: BuiltFrom, built_with: Removal | None, by: Removal) -> 
             assert_never(built_from)
 
 
+def judged_by(built_from: BuiltFrom, question: Question, judge: Question) -> Verdict:
+    """Whether removals of `judge` may score a method of that kind that answered `question`, by the fills they name.
+
+    Raises UsageError where one of them does not say what it removes to.
+    """
+    for name, asked in (("question", question), ("judge", judge)):
+        if not asked.fill:
+            hint = "Question(..., fill=...): the name of its references"
+            raise UsageError("does not say what removed elements become", where=name, hint=hint)
+    return held_out(built_from, Removal(question.fill), Removal(judge.fill))
+
+
 def scored_by(built_from: BuiltFrom, built_with: Removal | None, available: Sequence[Removal]) -> tuple[Removal, ...]:
     """The removals among `available` that may score the method. Raises UsageError when there is none."""
     found = tuple(by for by in available if held_out(built_from, built_with, by) == "held out")
@@ -118,4 +130,4 @@ def refilled(question: Question, fill: Refill, generator: torch.Generator | None
             case _:
                 assert_never(fill)
         parts.append(replace(part, reference=reference))
-    return replace(question, parts=tuple(parts))
+    return replace(question, parts=tuple(parts), fill=fill)
