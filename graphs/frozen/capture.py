@@ -37,7 +37,8 @@ _BLOCK = (
     "hook_resid_post",
 )
 _TOWER = ("ln_final.hook_scale", "ln_final.hook_normalized", "hook_pooled")
-_HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], ...], str]] = weakref.WeakKeyDictionary()
+_Seen = list[tuple[weakref.ref[Tensor], int]]
+_HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[_Seen, str]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -80,7 +81,12 @@ def tower_module(model: HookedVLM, tower: str) -> Any:
 
 def sha256_of(module: nn.Module) -> str:
     """Hash of a model's weights (`HookedVLM.sha256` of `model.hf`), kept until a weight is written to or replaced."""
-    versions = tuple((p._version, p.data_ptr()) for p in module.parameters())
-    if module not in _HASHES or _HASHES[module][0] != versions:
-        _HASHES[module] = (versions, weights_hash(module))
-    return _HASHES[module][1]
+    weights = list(module.parameters())
+    seen, found = _HASHES.get(module, ([], ""))
+    # by identity, not by address: memory that a weight has left goes to the next one
+    if len(seen) != len(weights) or any(
+        ref() is not w or version != w._version for (ref, version), w in zip(seen, weights, strict=True)
+    ):
+        found = weights_hash(module)
+        _HASHES[module] = ([(weakref.ref(w), w._version) for w in weights], found)
+    return found
