@@ -11,8 +11,10 @@ also the token of its own report that names the finding):
 - the same for the model itself: each patch in turn is replaced by the image's mean, and the output read. Sizes of the
   changes stand against influence and total effect, falls against support; Pearson and Spearman over patches say how
   well a measure knows them;
-- the same for models with random weights (another one for each image). They have no dictionaries, so their graphs run
-  through attention alone; the trained model's graph without dictionaries stands beside them.
+- the same for models with random weights (another one for each image). No dictionary fits them, so a graph of theirs
+  stands beside the trained model's graph of the same kind: through attention alone, MLPs being errors ("random
+  weights" beside "attention alone"), and through the MLPs too, their gates held ("random weights, MLPs held" beside
+  "MLPs held"). Only these pairs are like with like; "transcoders" has no null of its own.
 
 How support was chosen: on 48 development images of other patients (`--seed 91000` and `--seed 92000`, 24 images each),
 by agreement with deletion. `SEED` is the seed of the images that are reported, which no choice has seen.
@@ -124,6 +126,18 @@ def asked(model: HookedVLM, pixels: np.ndarray) -> Iterator[tuple[str, ImageText
             yield "report token", alone, token
 
 
+def graphs_of(
+    model: HookedVLM, null: HookedVLM, batch: ImageTextBatch, output: Output, dictionaries: Sequence[Placed]
+) -> Iterator[tuple[str, AttributionGraph]]:
+    """The graphs of one output by name: the model's own, then each kind without dictionaries beside its null."""
+    trained, random = (freeze(of, batch, [output]) for of in (model, null))
+    yield "transcoders", build_graph(trained, dictionaries, max_features=MAX_FEATURES)
+    yield "attention alone", build_graph(trained, ())
+    yield "random weights", build_graph(random, ())
+    yield "MLPs held", build_graph(trained, (), mode="sae")
+    yield "random weights, MLPs held", build_graph(random, (), mode="sae")
+
+
 def study_image(
     model: HookedVLM, null: HookedVLM, pixels: np.ndarray, cover: np.ndarray, dictionaries: Sequence[Placed]
 ) -> dict[str, float]:
@@ -134,12 +148,7 @@ def study_image(
         truth = {"influence": np.abs(fall), "support": np.maximum(fall, 0), "total effect": np.abs(fall)}
         found[f"{name}: deletion in the model, sizes"] = concentration(truth["influence"], cover)
         found[f"{name}: deletion in the model, falls"] = concentration(truth["support"], cover)
-        for place, of, given in (
-            ("transcoders", model, dictionaries),
-            ("attention alone", model, ()),
-            ("random weights", null, ()),
-        ):
-            graph = build_graph(freeze(of, batch, [output]), given, max_features=MAX_FEATURES)
+        for place, graph in graphs_of(model, null, batch, output, dictionaries):
             for measure, sizes in measures(graph).items():
                 found[f"{name}: {measure}, {place}"] = concentration(sizes, cover)
                 if place == "transcoders":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import planted as curves
-from benchmarks.graph_lesions import concentration, cover_of, measures
+from benchmarks.graph_lesions import concentration, cover_of, graphs_of, measures, randomised
 from graphs.build import build_graph
 from graphs.causal.changes import FeatureAt, features_of, scaled
 from graphs.causal.lab import Lab
@@ -290,3 +290,18 @@ def test_curves_fall(tmp_path):
     assert enough["node_auroc"] > few["node_auroc"] and enough["r2"] > 0.85 and few["missed"] > enough["missed"]
     assert enough["replacement"] < 1.0
     assert {p.name for p in tmp_path.iterdir()} == {"planted.json", "planted.md", "planted.png"}
+
+
+def test_a_null_graph_is_of_the_kind_that_it_stands_beside(planted):
+    """Without dictionaries, a graph of random weights has the nodes and freezes of the trained model's, other edges."""
+    image, null = image_with(planted, *FINDINGS), randomised(planted.model)
+    output = Logit(Target(CLASSES[0], CLASSES[0]))
+    found = dict(graphs_of(planted.model, null, image, output, planted.dictionaries))
+    for own, other in (("attention alone", "random weights"), ("MLPs held", "random weights, MLPs held")):
+        trained, random = found.pop(own), found.pop(other)
+        assert trained.nodes.ids == random.nodes.ids and not trained.nodes.is_type(NodeType.FEATURE).any()
+        for key in ("mode", "freezes", "dictionaries"):
+            assert trained.meta[key] == random.meta[key], key
+        assert trained.meta["model"]["sha256"] != random.meta["model"]["sha256"]
+        assert not torch.allclose(trained.dense(), random.dense())
+    assert list(found) == ["transcoders"] and found["transcoders"].nodes.is_type(NodeType.FEATURE).any()
