@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from graphs.influence import Edges, edges_of, output_weights, substitute
@@ -46,6 +46,8 @@ class Scores:
         replacement_content: the same, counting only patches and words as inputs; the rest is left out of the sum.
         influence_by_type: where all influence ends: patch, token, position, cls, bias, error, and `unexpanded`
             (features whose in-edges are unknown) and `pruned`; sums to 1.
+        errors_by_layer: where what ends in errors ends, by tower and layer ("vision.L2"): what the transcoder of that
+            MLP, or the dictionary of that layer, costs the graph; sums to `influence_by_type["error"]`.
     """
 
     completeness: float
@@ -53,6 +55,7 @@ class Scores:
     replacement: float
     replacement_content: float
     influence_by_type: dict[str, float]
+    errors_by_layer: dict[str, float]
 
     def to_dict(self) -> dict[str, float | dict[str, float]]:
         """As JSON."""
@@ -91,9 +94,19 @@ def scores(graph: AttributionGraph, kept: Bool[Tensor, " node"] | None = None, e
     ends = {t.name.lower(): float(through[(nodes.type == t) & kept].sum()) for t in (*INPUTS, NodeType.ERROR)}
     ends["unexpanded"] = float(through[graph.leaves & kept].sum())
     ends["pruned"] = float(through[~kept].sum() + (through * lost / total)[graph.expanded & ~unexplained].sum())
+    by_layer = _by_layer(graph, through * ((nodes.type == NodeType.ERROR) & kept))
     errors = ends["error"] + ends["unexpanded"] + ends["pruned"]
     inputs, content = (sum(ends[t.name.lower()] for t in types) for types in (INPUTS, CONTENT))
-    return Scores(strict, everywhere, _part(inputs, errors), _part(content, errors), ends)
+    return Scores(strict, everywhere, _part(inputs, errors), _part(content, errors), ends, by_layer)
+
+
+def _by_layer(graph: AttributionGraph, value: Float[Tensor, " node"]) -> dict[str, float]:
+    """Sums over the error nodes of each layer, in the order of the graph."""
+    nodes, found = graph.nodes, {}
+    for i in (nodes.type == NodeType.ERROR).nonzero()[:, 0].tolist():
+        name = f"{nodes.towers[int(nodes.tower[i])]}.L{int(nodes.layer[i])}"
+        found[name] = found.get(name, 0.0) + float(value[i])
+    return found
 
 
 def _mean(values: Tensor, weights: Tensor, over: Bool[Tensor, " node"]) -> float:

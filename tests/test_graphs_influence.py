@@ -141,6 +141,12 @@ def test_scores_by_their_definition(case):
     assert made.replacement_content == pytest.approx(content / (content + errors))
     assert sum(made.influence_by_type.values()) == pytest.approx(1)
     assert (made.influence_by_type["unexpanded"] > 0) == ("unexpanded" in case)
+    nodes = graph.nodes
+    for name, value in made.errors_by_layer.items():
+        tower, layer = name.split(".L")
+        here = (nodes.type == NodeType.ERROR) & (nodes.layer == int(layer)) & (nodes.tower == nodes.towers.index(tower))
+        assert here.any() and value == pytest.approx(float(weights[here].sum()))
+    assert sum(made.errors_by_layer.values()) == pytest.approx(made.influence_by_type["error"])
 
 
 def test_scores_as_circuit_tracer_has_them():
