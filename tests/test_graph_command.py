@@ -108,7 +108,6 @@ def test_the_command_writes_a_whole_folder(picture, tmp_path, capsys):
         (("--max-features", "-1"), "-1"),
         (("--paths", "-1"), "--paths: is -1"),
         (("--suppress", "the moon"), "'the moon' is no group, name or feature here"),
-        (("--mode", "sae", "--causal"), "interventions"),
         (("--groups", "nowhere.json"), "nowhere.json: no such file"),
     ],
 )
@@ -359,3 +358,14 @@ def test_residual_saes_make_a_graph_too(made):
     assert graph.meta["mode"] == "sae" and graph.meta["max_relative_residual"] < 1e-5
     found = graph.nodes.is_type(NodeType.FEATURE)
     assert set(graph.nodes.layer[found].tolist()) == {one.writes.layer for one in placed} >= {2, 3}
+
+
+def test_a_graph_of_saes_is_tested_by_interventions(model, picture, tmp_path, monkeypatch):
+    """With SAEs of the stream too the causal report stands in its file, and ablation with all held is the edge."""
+    monkeypatch.setattr(graph_command, "EFFECTS", 8)
+    wishes = Wishes("consolidation", mode="sae", causal=True, max_features=60, paths=0)
+    printed = graph_command.graph_command(model, picture, tmp_path, wishes)
+    found = json.loads((tmp_path / "causal.json").read_text())["report"]
+    assert found["pairs"]["constrained_error"] < 1e-4 and found["pairs"]["direct_by_distance"]["1"]["pairs"] > 20
+    assert found["node_spearman"]["active"].keys() > {"influence", "activation"} and found["control"]["sets"] == 100
+    assert "1 layer on" in printed and found["mediation"]["note"] in printed and (tmp_path / "suppress.png").exists()

@@ -9,6 +9,9 @@
 
 In every mode `out := out + (v - a) d` at `hook_mlp_out`, with `a` the activation that the feature has in that very
 pass; so what the dictionary does not explain stays in the model. Interventions run together, as rows of one batch.
+
+For SAEs all of it happens at `hook_resid_post`: the stream is held there, or its features are recomputed, after they
+have been read. Where scales are held MLPs are linear, their gates held too, as in a graph of SAEs.
 """
 
 from __future__ import annotations
@@ -23,8 +26,21 @@ from torch import Tensor
 
 from graphs.causal.changes import Change, FeatureAt
 from graphs.causal.legs import Leg, legs_of, read_outputs
-from graphs.causal.sites import Hooks, Mode, edits_of, hold, keep, leaves, only_hooks, site_hooks
-from graphs.frozen.parts import FrozenPass, Readout
+from graphs.causal.sites import (
+    Hooks,
+    Mode,
+    by_block,
+    edits_of,
+    hold,
+    keep,
+    leaves,
+    linear_bridge,
+    linear_mlp,
+    only_hooks,
+    site_hooks,
+    spread,
+)
+from graphs.frozen.parts import FrozenMLP, FrozenPass, Readout
 from graphs.targets import Feature, Output
 from mechinterp.errors import NonFiniteError, UsageError
 from mechinterp.models import HookedVLM
@@ -57,10 +73,10 @@ class Lab:
     Args:
         model: the model.
         batch: one image (with the prompt, for a generative model).
-        dictionaries: transcoders, as for the graph.
+        dictionaries: transcoders, or SAEs of the residual stream, as for the graph.
         outputs: what is measured, as for the graph.
-        frozen: the pass that the graph was made from. Mode `direct` needs it, and `replacement` where there is a
-            projector.
+        frozen: the pass that the graph was made from. Mode `direct` needs it, and `replacement` for SAEs and where
+            there is a projector.
         chunk: interventions that run together.
     """
 
@@ -78,6 +94,7 @@ class Lab:
         self.model, self.batch, self.frozen, self.chunk = model, batch, frozen, chunk
         self.outputs = tuple(outputs)
         self.placed = {(p.writes.tower, p.writes.layer): p for p in dictionaries}
+        self.in_stream = any(p.reads == p.writes for p in dictionaries)
         self.legs = legs_of(model, batch, self.outputs)
         self.clean: dict[str, dict[str, Tensor]] = {}
         self._results: dict[str, Tensor] = {}
@@ -234,23 +251,29 @@ class Lab:
     def _some(self, changes: Sequence[Change], mode: Mode, watch: Sequence[FeatureAt], names: Sequence[str]) -> Outcome:
         n = len(changes)
         every = [*watch, *self._features]
-        wanted = {str(self.dictionary(f).reads) for f in every} | set(names)
+        reads = {str(self.dictionary(f).reads) for f in every}
+        early = reads if self.in_stream and mode in ("direct", "replacement") else set()  # read before it is replaced
+        wanted = reads | set(names)
         if mode == "direct":
             wanted |= {self._stream_name(r) for r in self._frozen().readouts}
         results: dict[str, Tensor] = {}
         seen: dict[str, dict[str, Tensor]] = {}
+        read: dict[str, dict[str, Tensor]] = {}
         for leg in self.legs:
             clean = self.clean[leg.name]
             mine = [i for i, change in enumerate(changes) if any(f.tower in leg.towers for f in change.features)]
             kept: dict[str, Tensor] = {}
+            came: dict[str, Tensor] = {}
             if mine:
-                hooks = self._hooks(leg, [changes[i] for i in mine], mode) + keep(sorted(wanted & clean.keys()), kept)
+                hooks = keep(sorted(early & clean.keys()), came) + self._hooks(leg, [changes[i] for i in mine], mode)
+                hooks += keep(sorted(wanted & clean.keys()), kept)
                 with self.model.hooks(fwd_hooks=hooks):
                     kept["result"] = leg.run(len(mine))
             whole = {"result": self._results[leg.name]} | {name: clean[name] for name in wanted & clean.keys()}
-            seen[leg.name] = {name: _spread(value, kept.get(name), mine, n) for name, value in whole.items()}
+            seen[leg.name] = {name: spread(value, kept.get(name), mine, n) for name, value in whole.items()}
+            read[leg.name] = seen[leg.name] | {name: spread(clean[name], x, mine, n) for name, x in came.items()}
             results[leg.name] = seen[leg.name].pop("result")
-        pre, acts = self._watched(every, seen, n)
+        pre, acts = self._watched(every, read, n)
         outputs = self._read_frozen(seen, n) if mode == "direct" else self._read(results, pre[:, len(watch) :], n)
         asked = {name: next(k[name] for k in seen.values() if name in k) for name in names}
         return Outcome(outputs, pre[:, : len(watch)], acts[:, : len(watch)], asked)
@@ -267,29 +290,22 @@ class Lab:
             tower, _, layer, _ = name.split(".")
             placed = self.placed.get((tower, int(layer)))
             edits = edits_of(changes, leg.towers, tower, int(layer))
-            site, reads = name, clean[name] if placed is None else clean[str(placed.reads)]
-            if placed is not None and placed.reads == placed.writes:
-                if mode in ("direct", "replacement"):
-                    raise UsageError(f"mode {mode} takes transcoders", where=str(placed.reads), hint="use mode free")
-                site = str(placed.writes)
-            hooks += site_hooks(site, placed, edits, mode, reads, value)
+            if self.in_stream and mode in ("direct", "replacement"):
+                hooks += linear_mlp(f"{tower}.blocks.{layer}", self._mlp(leg, tower, int(layer)), clean)
+            if placed is not None:
+                at, reads = str(placed.writes), str(placed.reads)
+                hooks += site_hooks(at, placed, edits, mode, clean[reads], clean[at])
+            elif not self.in_stream:
+                hooks += site_hooks(name, None, edits, mode, value, value)
         if mode in ("direct", "replacement") and "projector.hook_out" in clean:
-            hooks += self._bridge(clean)
+            bridge = next(s.bridge for s in self._frozen().stacks if s.bridge is not None)
+            hooks += linear_bridge(bridge, clean)
         return hooks
 
-    def _bridge(self, clean: dict[str, Tensor]) -> Hooks:
-        """The projector with its gate held: its clean output plus the linear map of what changed below."""
-        bridge = next(s.bridge for s in self._frozen().stacks if s.bridge is not None)
-        last = [n for n in clean if n.startswith("vision.") and n.endswith("hook_resid_post")][-1]
-        moved: dict[str, Tensor] = {}
-
-        def cross(value: Tensor, hook: Any) -> Tensor:
-            change = (moved[last] - clean[last]).to(bridge.bias.dtype)
-            brought = torch.stack([bridge.apply(row)[bridge.slots] for row in change]).to(value.dtype)
-            kept = clean["projector.hook_out"]
-            return (kept.view(1, *brought.shape[1:]) + brought).view(value.shape)
-
-        return [*keep([last], moved), ("projector.hook_out", cross)]
+    def _mlp(self, leg: Leg, tower: str, layer: int) -> FrozenMLP:
+        """The MLP of a block of a leg with its gate held."""
+        mine = (s for s in self._frozen().stacks if s.tower in leg.towers and s.tower.split(".")[0] == tower)
+        return next(mine).blocks[layer].mlp
 
     def _watched(
         self, watch: Sequence[FeatureAt], seen: dict[str, dict[str, Tensor]], n: int
@@ -297,7 +313,7 @@ class Lab:
         """Pre-activations and activations of features, from what their dictionaries read."""
         dtype = torch.float64 if self.model.hf.dtype == torch.float64 else torch.float32
         pre, acts = torch.zeros(n, len(watch), dtype=dtype), torch.zeros(n, len(watch), dtype=dtype)
-        for (tower, _), columns in _grouped(watch).items():
+        for (tower, _), columns in by_block(watch).items():
             placed = self.dictionary(watch[columns[0]])
             d: Any = placed.dictionary
             x = seen[self.leg_of(tower).name][str(placed.reads)].to(d.W_enc.dtype)
@@ -326,18 +342,3 @@ class Lab:
         feature, other = iter(pre.T), iter(read_outputs(self.model, self.outputs, self.legs, results))
         columns = [next(feature if isinstance(output, Feature) else other).double() for output in self.outputs]
         return torch.stack([column.expand(n) for column in columns], dim=1)
-
-
-def _spread(clean: Tensor, changed: Tensor | None, rows: list[int], n: int) -> Tensor:
-    """One value a row: the clean one, and the changed ones in their rows."""
-    if changed is not None and len(rows) == n:
-        return changed
-    found = clean.expand(n, *clean.shape[1:])
-    return found if changed is None else found.clone().index_copy_(0, torch.tensor(rows), changed)
-
-
-def _grouped(watch: Iterable[FeatureAt]) -> dict[tuple[str, int], list[int]]:
-    groups: dict[tuple[str, int], list[int]] = {}
-    for i, feature in enumerate(watch):
-        groups.setdefault((feature.tower, feature.layer), []).append(i)
-    return groups

@@ -112,15 +112,11 @@ def report(
         n_random: matched random sets.
         seed: of all draws.
 
-    Raises UsageError when the graph has no features to change, and for SAEs: the report holds what MLPs write.
+    Raises UsageError when the graph has no features to change, and for one whose targets are decoders: an edge says
+    what they hold, not what a feature's own activation does.
     """
-    for placed in lab.placed.values():
-        if placed.reads == placed.writes:
-            raise UsageError(
-                "the report holds MLP outputs, and an SAE stands in the stream",
-                where=str(placed.reads),
-                hint="test a graph of transcoders; for SAEs there are node_effects, curve and suppress, one by one",
-            )
+    if graph.meta.get("direction") == "decoder":
+        raise UsageError("its targets are decoders", where="graph", hint='test a graph of direction "encoder"')
     nodes = graph.nodes.is_type(NodeType.FEATURE).nonzero()[:, 0]
     strength = influence(graph).numpy()
     moved = np.array([i for i in nodes.tolist() if strength[i] > REACH])

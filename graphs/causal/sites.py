@@ -1,8 +1,8 @@
-"""The hooks of one intervention run: what holds values, what keeps them, and what edits the output of one MLP."""
+"""The hooks of one intervention run: what holds values, what keeps them, and what edits them at one dictionary."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,9 +11,24 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from graphs.causal.changes import Change, FeatureAt
+from graphs.frozen.parts import Bridge, FrozenMLP
 from mechinterp.types import Placed
 
-__all__ = ["Edit", "Hooks", "Mode", "edits_of", "hold", "keep", "leaves", "only_hooks", "site_hooks"]
+__all__ = [
+    "Edit",
+    "Hooks",
+    "Mode",
+    "by_block",
+    "edits_of",
+    "hold",
+    "keep",
+    "leaves",
+    "linear_bridge",
+    "linear_mlp",
+    "only_hooks",
+    "site_hooks",
+    "spread",
+]
 
 Mode = Literal["direct", "replacement", "frozen_attn", "free"]
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
@@ -84,7 +99,7 @@ def edits_of(changes: Sequence[Change], towers: Sequence[str], tower: str, layer
 
 @dataclass
 class _Site:
-    """The MLP of one block: what its transcoder reads in this pass, and what it writes."""
+    """The MLP of one block, or its stream: what its dictionary reads in this pass, and what it writes."""
 
     placed: Placed | None
     edits: list[Edit]
@@ -130,10 +145,39 @@ class _Site:
         return torch.zeros_like(value).index_put_((rows, pos), moved.to(value.dtype), accumulate=True)
 
 
+def linear_mlp(block: str, mlp: FrozenMLP, clean: Mapping[str, Tensor]) -> Hooks:
+    """Hooks that put the MLP of a block (`vision.blocks.2`), norm scale and gate held, in the place of the model's.
+
+    It writes its clean output and the linear map of what has changed in the stream below it.
+    """
+    below, out = f"{block}.hook_resid_mid", f"{block}.hook_mlp_out"
+    moved: dict[str, Tensor] = {}
+
+    def write(value: Tensor, hook: Any) -> Tensor:
+        change = (moved[below] - clean[below]).to(mlp.W_in.dtype)
+        return clean[out].to(value.dtype) + mlp.apply(change).to(value.dtype)
+
+    return [*keep([below], moved), (out, write)]
+
+
+def linear_bridge(bridge: Bridge, clean: Mapping[str, Tensor]) -> Hooks:
+    """Hooks that hold a projector's gate: its clean output plus the linear map of what changed below."""
+    last = [n for n in clean if n.startswith("vision.") and n.endswith("hook_resid_post")][-1]
+    moved: dict[str, Tensor] = {}
+
+    def cross(value: Tensor, hook: Any) -> Tensor:
+        change = (moved[last] - clean[last]).to(bridge.bias.dtype)
+        brought = torch.stack([bridge.apply(row)[bridge.slots] for row in change]).to(value.dtype)
+        kept = clean["projector.hook_out"]
+        return (kept.view(1, *brought.shape[1:]) + brought).view(value.shape)
+
+    return [*keep([last], moved), ("projector.hook_out", cross)]
+
+
 def site_hooks(
     name: str, placed: Placed | None, edits: list[Edit], mode: Mode, clean_in: Tensor, clean_out: Tensor
 ) -> Hooks:
-    """Hooks that edit the output `name` of one MLP; none where nothing is to be done."""
+    """Hooks that edit the output `name` of one MLP, or the stream at one SAE; none where nothing is to be done."""
     if not edits and mode in ("free", "frozen_attn"):
         return []
     site = _Site(placed, edits, mode, clean_in, clean_out)
@@ -142,9 +186,25 @@ def site_hooks(
 
 
 def _said(placed: Placed, x: Tensor) -> Tensor:
-    """What a transcoder makes of its input."""
+    """What a dictionary makes of its input."""
     d: Any = placed.dictionary
     x = x.to(d.W_enc.dtype)
     said = d.decode(d.encode(x))
     skip = getattr(d, "W_skip", None)
     return said if skip is None else said + x @ skip
+
+
+def spread(clean: Tensor, changed: Tensor | None, rows: list[int], n: int) -> Tensor:
+    """One value a row: the clean one, and the changed ones in their rows."""
+    if changed is not None and len(rows) == n:
+        return changed
+    found = clean.expand(n, *clean.shape[1:])
+    return found if changed is None else found.clone().index_copy_(0, torch.tensor(rows), changed)
+
+
+def by_block(watch: Iterable[FeatureAt]) -> dict[tuple[str, int], list[int]]:
+    """Numbers of the features of each tower and layer."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, feature in enumerate(watch):
+        groups.setdefault((feature.tower, feature.layer), []).append(i)
+    return groups

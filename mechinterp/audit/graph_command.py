@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,6 @@ def graph_command(model: HookedVLM, image: Path, out: Path, wishes: Wishes, data
     for name, value in (("--paths", wishes.paths), ("--attention", wishes.attention)):
         if value < 0:
             raise UsageError(f"is {value}", where=name, hint="a number of things to show, 0 for none")
-    if wishes.mode == "sae" and (wishes.causal or wishes.suppress):
-        raise UsageError("interventions are on what an MLP writes", where="--mode sae", hint="test transcoder graphs")
     given = None if wishes.groups is None else Supernodes.load(wishes.groups)
     name, pixels = open_image(image)
     target, output = asked_for(model, wishes.target, wishes.against)
@@ -263,8 +262,9 @@ def _tested(
 def _reported(found: Any) -> list[str]:
     """Some lines of a causal report."""
     rank, control, pairs = found.node_spearman["active"], found.control, found.pairs
-    far = "; ".join(
-        f"{d} layer{'s' * (d > 1)} on {edge.pearson:.2f} ({pairs.by_distance[d].pearson:.2f}), {edge.pairs} pairs"
+    far = "; ".join(  # edges of SAEs reach the next SAE only
+        f"{d} layer{'s' * (d > 1)} on {'no edges' if isnan(edge.pearson) else format(edge.pearson, '.2f')} "
+        f"({pairs.by_distance[d].pearson:.2f}), {edge.pairs} pairs"
         for d, edge in pairs.direct_by_distance.items()
         if edge.pairs > 2
     )
