@@ -83,6 +83,21 @@ def test_columns_become_binary_attributes(tmp_path):
     assert "guessed" in notes and "No Finding" in notes and "uncertain" in notes
 
 
+def test_a_slip_among_numbers_is_missing_and_said(tmp_path):
+    """One bad cell neither turns a number into categories nor counts as a 0 of a target; its line is in the notes."""
+    columns = {
+        "age": [20, 30, 40, 50, 60, 70, "6o", 80, 90, 25, 35],
+        "pneumonia": [1, 0, 1, 0, 1, 0, 1, 0, 1, 0, "see report"],
+        "ward": [1, 2, 1, 2, "A", "B", "A", "B", 1, 2, 1],
+    }
+    data = open_data(make_folder(tmp_path, columns, {"targets": {"pneumonia": {}}, "demographic": ["age"]}))
+    assert np.isnan(data.attribute("age>45").values[6]) and np.isnan(data.labels("pneumonia")[10])
+    assert [a.name for a in data.attributes if a.column in ("age", "pneumonia")] == ["age>45", "pneumonia"]
+    assert "age: 1 cells that are no numbers taken as missing (metadata.csv line 8)" in data.notes
+    assert "pneumonia: 1 cells that are no numbers taken as missing (metadata.csv line 12)" in data.notes
+    assert {a.name for a in data.attributes if a.column == "ward"} == {"ward=1", "ward=2", "ward=A", "ward=B"}
+
+
 @pytest.mark.parametrize(
     ("cells", "name"),
     [

@@ -11,12 +11,13 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["Attribute", "Kind", "attributes_of", "guess_kind", "is_normal", "matches"]
+__all__ = ["Attribute", "Kind", "attributes_of", "guess_kind", "is_normal", "matches", "strays"]
 
 Kind = Literal["finding", "acquisition", "demographic", "other"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MAX_CATEGORIES = 20
+NUMERIC = 0.9  # share of cells from which on a column is one of numbers, and the other cells are slips
 MAX_CELL = 80  # characters; a longer cell is prose, not a category
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "<na>", "#n/a", "?"})
 _YES = frozenset({"1", "1.0", "true", "yes"})
@@ -96,6 +97,16 @@ def guess_kind(column: str) -> Kind:
 def is_normal(value: str) -> bool:
     """Whether a finding's value says that there is none, like "No Finding"."""
     return value.strip().lower() in _NORMAL
+
+
+def strays(cells: Sequence[str]) -> list[int]:
+    """Places of the cells that are no numbers in a column of numbers: at most one of ten that say anything.
+
+    One of them would turn an age or a 0/1 into a category, or count as a 0 of a target.
+    """
+    present = [i for i, cell in enumerate(cells) if not _is_missing(cell)]
+    other = [i for i in present if math.isnan(_number(cells[i]))]
+    return other if len(present) - len(other) >= NUMERIC * len(present) else []
 
 
 def matches(cell: str, value: str) -> float:

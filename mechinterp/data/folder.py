@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mechinterp.data.attributes import Attribute, attributes_of, guess_kind, is_normal, matches
+from mechinterp.data.attributes import Attribute, attributes_of, guess_kind, is_normal, matches, strays
 from mechinterp.data.description import Description, TargetColumn, default_targets, read_description
 from mechinterp.data.files import ImageFile, find_image
 from mechinterp.data.imagedata import ImageData
@@ -30,8 +30,9 @@ def open_data(folder: str | Path, *, seed: int = 0) -> ImageData:
 
     Columns `image` and `patient_id` are needed; `split` (train, val, test) is optional; every other column becomes
     binary attributes where it can (0/1, categories, numbers split at the median, values separated by `;`), and a
-    column `boxes_N` holds rectangles as JSON. dataset.json names the kinds of columns and the targets; without it both
-    are guessed and `notes` say so. Without a split column patients are split 60/15/25 by a hash of `seed` and patient.
+    column `boxes_N` holds rectangles as JSON. A few cells that are no numbers in a column of numbers count as missing.
+    dataset.json names the kinds of columns and the targets; without it both are guessed and `notes` say so. Without a
+    split column patients are split 60/15/25 by a hash of `seed` and patient.
 
     Raises DataError naming the file, line and field that is wrong. Nothing is ever written to the folder.
     """
@@ -43,6 +44,7 @@ def open_data(folder: str | Path, *, seed: int = 0) -> ImageData:
     files = _image_files(root, table)
     split = _splits(table, seed, notes)
     boxes = _boxes(table, files, notes)
+    table = _numbers_only(table, notes)
     attributes, skipped = _attributes(table, described, notes)
     specs = described.targets or default_targets(attributes)
     if not described.targets and specs:
@@ -143,6 +145,22 @@ def _boxes(table: Table, files: list[ImageFile], notes: list[str]) -> dict[str, 
             for name, more in found.items():
                 boxes.setdefault(name, []).extend(more)
     return boxes
+
+
+def _numbers_only(table: Table, notes: list[str]) -> Table:
+    """The table with the slips in columns of numbers emptied; the notes name their lines, not what stands in them."""
+    columns = dict(table.columns)
+    for column, cells in table.columns.items():
+        if column in _RESERVED or boxes_side(column) is not None:
+            continue
+        slips = set(strays(cells))
+        if slips:
+            lines = ", ".join(str(table.lines[i]) for i in sorted(slips)[:5]) + (" ..." if len(slips) > 5 else "")
+            notes.append(
+                f"{column}: {len(slips)} cells that are no numbers taken as missing (metadata.csv line {lines})"
+            )
+            columns[column] = ["" if i in slips else cell for i, cell in enumerate(cells)]
+    return replace(table, columns=columns)
 
 
 def _attributes(table: Table, described: Description, notes: list[str]) -> tuple[list[Attribute], dict[str, str]]:
