@@ -80,6 +80,12 @@ def test_images_are_of_test_patients_one_each_and_half_with_the_target(cohort):
         chosen_rows(cohort.subset(cohort.split != "test"), "finding", 12, seed=0)
 
 
+def test_a_target_that_no_image_has_is_refused(cohort):
+    """A misspelt value in dataset.json labels every image 0: nothing could be found in any map."""
+    with pytest.raises(DataError, match="no image has the target 'finding'.*misspelt"):
+        chosen_rows(cohort.subset(cohort.labels("finding") == 0), "finding", 12, seed=0)
+
+
 def test_the_anchors_stand_where_they_must(compared):
     oracle, echo, random, constant = (row_of(compared, n) for n in ("oracle", "echo", "random", "constant"))
     assert oracle["F_own"] == pytest.approx(1) and 0.3 < oracle["F"] < 0.999  # judged by another filling

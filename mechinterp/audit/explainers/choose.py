@@ -23,7 +23,7 @@ def chosen_rows(
     mask come first among those with it, since localisation needs one; of those with the target and of those without,
     half have the mask of an attribute in `masks` (a suspected shortcut), as far as there are any.
 
-    Raises DataError without test patients that have a label.
+    Raises DataError without test patients that have a label, and for a target that no image has.
     """
     labels = data.labels(target)
     rng = np.random.default_rng(seed)
@@ -31,6 +31,9 @@ def chosen_rows(
     usable = [int(row) for row in order if np.isfinite(labels[row]) and data.split[row] == "test"]
     if not usable:
         raise DataError("no test patient has a label", where=data.name, hint=f"see dataset.json, target {target!r}")
+    if not (labels == 1).any():
+        hint = "is column or value in dataset.json misspelt?"
+        raise DataError(f"no image has the target {target!r}", where=data.name, hint=hint)
     attribute = data.target_attribute(target)
     usable.sort(key=lambda row: not (labels[row] == 1 and attribute and data.mask(attribute, row) is not None))
     with_mask = {row for row in usable if any(data.mask(name, row) is not None for name in masks)}
