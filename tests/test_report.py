@@ -234,6 +234,28 @@ def test_a_caution_stands_before_the_verdicts():
     assert "<strong>Caution.</strong> mark" in page and page.index("Caution.") < page.index('id="verdict"')
 
 
+def test_many_rows_with_one_reason_are_one_row_with_a_count():
+    """What was not tested for one reason, numbers aside, is one row that names all; two such rows stay as they are."""
+    made = record("mark")
+    why = "no feature is selective for it (a probe finds it with AUROC 0.{}); the score differs by 0.1"
+    idle = {"causal_effect": None, "causal_ci95": [None, None], "features": []}
+    for names, said in ((("a1", "a2", "a3"), why), (("b1", "b2"), "too few images ({})")):
+        rows = [shortcut(name, "NOT TESTED", reason=said.format(i), **idle) for i, name in enumerate(names)]
+        made["shortcuts"] += rows
+        made["not_tested"] += [{"what": row["candidate"], "why": row["reason"]} for row in rows]
+    text = " ".join(" ".join(Page(report.render(made, {}, {}, [])).text).split())
+    assert text.count("no feature is selective for it") == 2 and "3 candidates NOT TESTED no feature" in text
+    assert "3: a1, a2, a3" in text and all(f"{name} (present 50 %" in text for name in ("a1", "a2", "a3"))
+    assert text.count("too few images (0)") == text.count("too few images (1)") == 2
+    assert all(f"site{name}" not in text for name in ("a1", "b1"))
+
+
+def test_labels_are_called_labels():
+    """An image has metadata and labels; what a patient has is not said."""
+    text = " ".join(" ".join(Page(page_of("mark")).text).split())
+    assert "its metadata: mark" in text and "Images labelled with the target" in text and "has mark" not in text
+
+
 def test_the_explainers_table_says_of_how_many_images_and_what_another_prompt_did():
     """Columns of masks name their own number of images; likeness under another finding's prompt is printed."""
     text = " ".join(" ".join(Page(page_of("mark")).text).split())

@@ -7,6 +7,7 @@ sheet, by hash. Every text from the data or the model goes through jinja2's auto
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = ["render", "write_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIDE = 168
+ALIKE = 3  # rows with one reason that become one
 
 
 def write_report(
@@ -60,6 +62,10 @@ def render(
     failures: list[dict[str, Any]],
 ) -> str:
     """The HTML page. Pictures are bytes; everything else is text that is escaped."""
+    idle = _alike(
+        [row for row in record["shortcuts"] if row["verdict"] == "NOT TESTED" and row["causal_effect"] is None],
+        "reason",
+    )
     return page(
         TEMPLATES / "report.html.j2",
         "report.css",
@@ -75,7 +81,33 @@ def render(
         mass_keys=_mass_keys(record),
         explained_n=_explained(record),
         accused=_accused(record),
+        idle=idle,
+        alike={row["candidate"] for group in idle for row in group["rows"]},
+        not_tested=_gathered(record["not_tested"]),
     )
+
+
+def _alike(rows: list[dict[str, Any]], why: str) -> list[dict[str, Any]]:
+    """Groups of at least `ALIKE` rows with one reason, numbers aside: {why, rows}."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(re.split(r" \(|;", row[why])[0], []).append(row)
+    return [{"why": said, "rows": same} for said, same in groups.items() if len(same) >= ALIKE]
+
+
+def _gathered(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The entries of what was not tested, those with one reason as one entry, where the first of them stood."""
+    groups = _alike(rows, "why")
+    places = {id(row): group for group in groups for row in group["rows"]}
+    made = []
+    for row in rows:
+        group = places.get(id(row))
+        if group is None:
+            made.append(row)
+        elif row is group["rows"][0]:
+            what = f"{len(group['rows'])}: {', '.join(one['what'] for one in group['rows'])}"
+            made.append({"what": what, "why": group["why"]})
+    return made
 
 
 def _mass_keys(record: dict[str, Any]) -> list[str]:

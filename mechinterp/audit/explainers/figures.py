@@ -108,7 +108,7 @@ def _shown(made: Comparison, data: ImageData, images: int) -> list[int]:
 
 def _caption(made: Comparison, data: ImageData, row: int) -> str:
     label = data.labels(made.target.name)[row]
-    return f"with {made.target.name}" if label == 1 else f"without {made.target.name}"
+    return f"labelled {made.target.name}" if label == 1 else f"not labelled {made.target.name}"
 
 
 def _overlay(ax: Any, made: Comparison, place: int, name: str, shape: tuple[int, ...]) -> None:
