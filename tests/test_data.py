@@ -217,9 +217,18 @@ def test_every_png_mode_becomes_grey_in_unit_range(tmp_path, mode):
 
 
 def test_sixteen_bits_are_kept(tmp_path):
-    deep = np.arange(16, dtype=np.uint16).reshape(4, 4) + 1000
+    deep = np.arange(16, dtype=np.uint16).reshape(4, 4) + 60000
     Image.fromarray(deep).save(tmp_path / "a.png")
-    np.testing.assert_allclose(load_image(tmp_path / "a.png"), deep / 65535, atol=1e-8)
+    np.testing.assert_allclose(load_image(tmp_path / "a.png"), deep / 65535, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_a_detectors_bits_in_a_file_of_16_fill_the_range(tmp_path, bits):
+    """What a detector gives as white is nearly 1 in the picture, however many bits the file could hold."""
+    full = 2**bits - 1
+    values = np.linspace(0, 0.95 * full, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    np.testing.assert_allclose(load_image(tmp_path / "a.png"), values / full, atol=1e-6)
 
 
 def test_transparency_is_black_and_a_palette_is_resolved(tmp_path):

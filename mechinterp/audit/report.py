@@ -62,10 +62,8 @@ def render(
     failures: list[dict[str, Any]],
 ) -> str:
     """The HTML page. Pictures are bytes; everything else is text that is escaped."""
-    idle = _alike(
-        [row for row in record["shortcuts"] if row["verdict"] == "NOT TESTED" and row["causal_effect"] is None],
-        "reason",
-    )
+    untested = [row for row in record["shortcuts"] if row["verdict"] == "NOT TESTED" and row["causal_effect"] is None]
+    idle = _alike(untested, "reason")
     return page(
         TEMPLATES / "report.html.j2",
         "report.css",

@@ -20,15 +20,19 @@ from mechinterp.errors import DataError
 __all__ = ["MAX_PIXELS", "load_image", "resize_square"]
 
 MAX_PIXELS = 50_000_000  # the largest radiographs have about 20 million; 50 million float32 are 200 MB
+_FULL = (255, 1023, 4095, 16383, 65535)  # 8, 10, 12, 14 and 16 bits
 _ORIENTATION = 0x0112  # EXIF tag
 
 
 def load_image(path: Path, label: str | None = None) -> Float[np.ndarray, "height width"]:
     """Decode a PNG or JPEG as grey in [0, 1], upright as its EXIF orientation says.
 
-    8-bit images are divided by 255 and 16-bit grey by 65535; colour becomes luma (ITU-R 601), a palette is resolved
-    and transparency is shown on black. Raises DataError naming `label` (by default the path) when the file is
-    missing, is neither PNG nor JPEG, is damaged or truncated, or has more than `MAX_PIXELS`.
+    8-bit images are divided by 255. 16-bit grey is divided by the largest value of the smallest of 8, 10, 12, 14 and 16
+    bits that holds it: detectors give 10 to 14 bits, and a file says 16 all the same. Colour becomes luma (ITU-R 601),
+    a palette is resolved and transparency is shown on black.
+
+    Raises DataError naming `label` (by default the path) when the file is missing, is neither PNG nor JPEG, is damaged
+    or truncated, or has more than `MAX_PIXELS`.
     """
     where = label or str(path)
     try:
@@ -67,7 +71,9 @@ def resize_square(image: Float[np.ndarray, "height width"], size: int) -> Float[
 
 def _grey(image: Image.Image) -> Float[np.ndarray, "height width"]:
     if image.mode.startswith("I"):  # 16-bit grey PNG
-        return np.asarray(image, dtype=np.float32).clip(0, 65535) / np.float32(65535)
+        deep = np.asarray(image, dtype=np.float32).clip(0, 65535)
+        largest = float(deep.max(initial=0))
+        return deep / np.float32(next(full for full in _FULL if largest <= full))
     if image.mode in ("P", "PA", "RGBA", "LA") or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
