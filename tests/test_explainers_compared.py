@@ -6,17 +6,22 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from mechinterp.audit.explainers import Effort, compare_explainers, methods_of
 from mechinterp.audit.explainers.choose import chosen_rows, masks_of
 from mechinterp.audit.explainers.figures import maps_picture, plane_picture
 from mechinterp.audit.explainers.folder import table_of, write_folder
+from mechinterp.audit.explainers.further import FURTHER
 from mechinterp.audit.explainers.grading import curve_share, graded, read_thresholds
 from mechinterp.data import open_data
 from mechinterp.errors import DataError, UsageError
 from mechinterp.experiments.main_report import _rows, _table
+from mechinterp.explain.ask import about_image
+from mechinterp.metrics.faithfulness import comprehensiveness, saco, sufficiency
 from mechinterp.metrics.grades import Measured
 from mechinterp.metrics.iq import expected_absolute_r
 from mechinterp.storage import verify_folder
@@ -191,6 +196,35 @@ def test_what_is_judged_by_its_own_fill_is_marked_and_not_graded(compared, model
     shown = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
     assert "1.00 °" in shown["occlusion"] and "°" not in shown["gradient_times_input"]
     assert json.loads((tmp_path / "iq.json").read_text())["fills"] == {"explainers": "grey", "judge": "grey"}
+
+
+def test_all_metrics_are_those_of_their_functions_on_the_removals_that_judge(compared, models, cohort, tmp_path):
+    """Each is what its function gives for the map, without it nothing else changes, and all files hold the same."""
+    target, rows = cohort.targets["finding"], compared["shortcut"].made.rows.tolist()
+    methods, effort = methods_of(("occlusion", "random", "constant")), replace(EFFORT, further=True)
+    made = compare_explainers(models["shortcut"], cohort, target, methods, effort, 0, rows)
+    by = {row["method"]: row for row in made.rows}
+    judge = about_image(models["shortcut"], made.made.question.source.batch, target, "blur")
+    map_of = {name: torch.from_numpy(made.made.judged[name].attribution) for name in by}
+    for name in ("occlusion", "random"):
+        assert by[name]["saco"] == pytest.approx(saco(judge, map_of[name]).mean)
+        assert by[name]["comprehensiveness"] == pytest.approx(comprehensiveness(judge, map_of[name]).mean)
+        assert by[name]["sufficiency"] == pytest.approx(sufficiency(judge, map_of[name]).mean)
+    for score in ("comprehensiveness", "faithfulness_correlation", "saco"):
+        assert by["occlusion"][score] > by["random"][score], score
+    for score in ("sufficiency", "infidelity", "sensitivity_max"):
+        assert by["occlusion"][score] < by["random"][score], score
+    assert all(by["constant"][score] is None for score in FURTHER), "no order, no movement"
+    plain = row_of(compared, "occlusion")
+    assert not set(FURTHER) & set(plain) and plain["F"] == by["occlusion"]["F"]
+    write_folder(made, cohort, tmp_path, 0, 1.0, "mechinterp iq toy")
+    text = (tmp_path / "table.md").read_text()
+    assert "## All metrics" in text and all(f"{title} {arrow}" in text for title, arrow in FURTHER.values())
+    csv, parquet = pd.read_csv(tmp_path / "scores.csv"), pd.read_parquet(tmp_path / "scores.parquet")
+    for found in (csv, parquet):
+        one = found[(found.method == "occlusion") & (found.score == "saco")].iloc[0]
+        assert one.value == pytest.approx(by["occlusion"]["saco"]) and one.low <= one.value <= one.high and one.n == 12
+        assert found[(found.method == "occlusion") & (found.score == "F_own")].circular.tolist() == [True]
 
 
 def test_a_planted_mark_is_shown_by_what_removes_patches(compared):

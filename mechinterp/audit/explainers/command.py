@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
     masks = tuple(name for name in (args.masks or "").split(",") if name)
     for name in masks:
         data.attribute(name)  # refuses what is not there before anything is computed
-    effort = Effort(images=args.images, masks=masks)
+    effort = Effort(images=args.images, masks=masks, further=True)
     controls = controls_of(model, load, {key: getattr(args, key) for key in CONTROLS})
     compared = compare_explainers(model, data, target, methods, effort, args.seed, None, limits, controls)
     command = _command(args)

@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float
 
 from mechinterp.audit.evidence import prepare
 from mechinterp.audit.explainers.choose import chosen_rows, masks_of
+from mechinterp.audit.explainers.further import BY_REMOVAL, further_columns, shared_removals
 from mechinterp.data import ImageData
 from mechinterp.explain.ask import Fill, about_image
 from mechinterp.explain.methods import Method, applies
 from mechinterp.explain.question import Question
-from mechinterp.metrics.faithfulness import insertion_deletion, judged_by
+from mechinterp.metrics.faithfulness import Removals, insertion_deletion, judged_by
 from mechinterp.metrics.iq import IQScores, Measurement, iq, permutation_floor
 from mechinterp.metrics.iq.ask import Bench, effects_of, stage
 from mechinterp.models import HookedVLM
@@ -25,7 +26,7 @@ from mechinterp.types import Target
 __all__ = ["Comparison", "Effort", "Judged", "compare"]
 
 STEPS = 16  # of the insertion and deletion curves
-BY_JUDGE = ("F", "F_corr", "IS", "IS_zero", "IS_p1", "IS_p4", "R_null", "R_excess", "curves")
+BY_JUDGE = ("F", "F_corr", "IS", "IS_zero", "IS_p1", "IS_p4", "R_null", "R_excess", "curves", *BY_REMOVAL)
 BY_OWN_FILL = ("F_own",)
 
 
@@ -38,6 +39,7 @@ class Effort:
         draws: perturbations of each, for R (30 or more; with fewer, its floor by chance rises).
         noise: of the perturbation, relative to each patch.
         judge: the filling of the removals that F, the curves and R_excess are made of; explainers fill with grey.
+        further: also score by the metrics of `further.FURTHER`.
         masks: names of attributes whose masks maps are held beside, the target's own apart. They change no other
             number: images are chosen without regard to them, and one without the mask is left out of its column.
     """
@@ -46,6 +48,7 @@ class Effort:
     draws: int = 30
     noise: float = 0.05
     judge: Fill = "blur"
+    further: bool = False
     masks: tuple[str, ...] = ()
 
 
@@ -60,6 +63,7 @@ class Judged:
         F_own: F_dist against effects of the explainers' own filling (grey), shown beside.
         floor: R with outputs shuffled, mean over shuffles, of each image.
         curve: insertion minus deletion by the judge's filling (`Curves.gain`).
+        further: other metrics of each image, by name.
         seconds: for one explanation of one image, all copies explained together.
     """
 
@@ -71,6 +75,7 @@ class Judged:
     curve: Float[np.ndarray, " image"]
     seconds: float
     circular: tuple[str, ...] = ()
+    further: dict[str, Float[np.ndarray, " image"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,14 @@ def compare(
     judge = about_image(model, batch, target, effort.judge)
     bench = stage(question, judge, effort.draws, effort.noise, seed)
     own = effects_of(question).double().numpy()
+    seen = shared_removals(judge, seed) if effort.further else None
     judged: dict[str, Judged] = {}
     refused: dict[str, str] = {}
     for name, method in progress(list(methods.items()), "explainers", unit="method"):
         if not applies(method, question):
             refused[name] = f"does not apply to a {model.family} model"
             continue
-        judged[name] = _judge(method, bench, question, judge, own, seed)
+        judged[name] = _judge(method, bench, question, judge, own, seen, seed)
     attribute = data.target_attribute(target.name)
     wanted = ((attribute,) if attribute else ()) + tuple(name for name in effort.masks if name != attribute)
     masks = {name: masks_of(model, data, name, picked) for name in wanted}
@@ -149,6 +155,7 @@ def _judge(
     question: Question,
     judge: Question,
     own: Float[np.ndarray, "image element"],
+    seen: Removals | None,
     seed: int,
 ) -> Judged:
     attributions, seconds = bench.explain(method.explain, seed)
@@ -165,4 +172,5 @@ def _judge(
         c for by, names in asked if judged_by(method.built_from, question, by) == "circular" for c in names
     )
     scores, F_own = iq(measured), iq(own_effects).F_dist
-    return Judged(method, attributions[:, 0], scores, F_own, floor, curve, seconds, circular)
+    further = {} if seen is None else further_columns(method, question, judge, measured, seen, seed)
+    return Judged(method, attributions[:, 0], scores, F_own, floor, curve, seconds, circular, further)

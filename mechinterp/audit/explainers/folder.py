@@ -1,4 +1,4 @@
-"""The folder that `mechinterp iq` writes: iq.json, table.md, the pictures, and the manifest that closes it."""
+"""The folder that `mechinterp iq` writes: iq.json, table.md, scores.csv and .parquet, the pictures, the manifest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.audit.explainers.figures import maps_picture, plane_picture
+from mechinterp.audit.explainers.further import further_table, parquet, scores_table
 from mechinterp.audit.explainers.records import missing
 from mechinterp.audit.explainers.section import Compared
 from mechinterp.data import ImageData
@@ -64,7 +65,12 @@ def write_folder(compared: Compared, data: ImageData, out: Path, seed: int, seco
         out / "iq.json",
         {"schema_version": 1, "seed": seed, "seconds": seconds, "versions": versions(), **compared.record},
     )
-    write_bytes(out / "table.md", f"{head}{about}{table}\n\n{EXPLAINED}\n\n{_grades(compared.rows)}\n".encode())
+    blocks = [table, EXPLAINED, further_table(compared.rows), _grades(compared.rows)]
+    body = "\n\n".join(filter(None, blocks))
+    write_bytes(out / "table.md", f"{head}{about}{body}\n".encode())
+    scores = scores_table(compared.rows)
+    write_bytes(out / "scores.csv", scores.to_csv(index=False).encode())
+    write_bytes(out / "scores.parquet", parquet(scores))
     write_bytes(out / "plane.png", plane_picture(compared.rows))
     maps = maps_picture(compared.made, data)
     if maps is not None:

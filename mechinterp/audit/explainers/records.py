@@ -42,6 +42,7 @@ def columns_of(judged: Judged) -> dict[str, Float[np.ndarray, " image"]]:
         "IS_p1": s.IS[1],
         "IS_p4": s.IS[4],
         "R_floor": judged.floor,
+        **judged.further,
     }
 
 
