@@ -27,9 +27,9 @@ class FeatureAt(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """One intervention: the features take these activations together, and the MLP output moves by `(v - a) d` for each.
+    """One intervention: the features take these activations together.
 
-    What the dictionary did not explain stays as it is.
+    What the MLP writes (for SAEs the stream) moves by `(v - a) d` for each; what the dictionary did not explain stays.
     """
 
     features: tuple[FeatureAt, ...]
