@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechinterp.errors import MechInterpError, UsageError
-from mechinterp.storage import check_writable
+from mechinterp.storage import check_writable, discard_earlier, write_manifest
 
 if TYPE_CHECKING:
     from mechinterp.data import ImageData
@@ -203,7 +203,9 @@ def _data(args: argparse.Namespace) -> None:
     if args.n < 1:
         raise UsageError(f"--n {args.n}: at least one image is needed")
     out = _out(args)
+    discard_earlier(out, "data")
     Phantom.sample(args.n, seed=args.seed, associations=associations).write(out)
+    write_manifest(out, {"kind": "data", "seed": args.seed})
     print(f"{args.n} images in {out}")
 
 

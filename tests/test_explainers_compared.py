@@ -87,7 +87,7 @@ def test_images_are_of_test_patients_one_each_and_half_with_the_target(cohort):
 
 def test_a_target_that_no_image_has_is_refused(cohort):
     """A misspelt value in dataset.json labels every image 0: nothing could be found in any map."""
-    with pytest.raises(DataError, match="no image has the target 'finding'.*misspelt"):
+    with pytest.raises(DataError, match=r"no image has the target 'finding'.*misspelt"):
         chosen_rows(cohort.subset(cohort.labels("finding") == 0), "finding", 12, seed=0)
 
 

@@ -154,3 +154,22 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(
         error = said(capsys, [*call, "--out", str(out)])
         assert error.startswith(("mechinterp: " + str(file), "mechinterp: " + str(out))) and "--out" in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_map_and_a_phantom_folder_can_be_verified(
+    capsys: pytest.CaptureFixture[str], noise: str, tmp_path: Path
+) -> None:
+    """Both are closed by a manifest, also when written anew; a changed byte is found, another artefact is kept."""
+    explain = ["explain", "phantom-clip", "--image", noise, "--target", "effusion", "--method", "constant"]
+    for name, call, file in (("map", explain, "map.json"), ("data", ["data", "phantom", "--n", "3"], "metadata.csv")):
+        out = tmp_path / name
+        for _ in range(2):
+            assert main([*call, "--out", str(out)]) == 0 and main(["verify", str(out)]) == 0
+        content = (out / file).read_bytes()
+        (out / file).write_bytes(content + b" ")
+        assert f"{file}: does not match its sha256" in said(capsys, ["verify", str(out)])
+        (out / file).write_bytes(content)
+    assert main(["data", "phantom", "--n", "2", "--out", str(tmp_path / "data")]) == 0
+    assert len(list((tmp_path / "data" / "images").iterdir())) == 2, "of the earlier phantom an image is left"
+    assert "'map', not 'data'" in said(capsys, ["data", "phantom", "--n", "2", "--out", str(tmp_path / "map")])
+    assert main(["verify", str(tmp_path / "map")]) == 0

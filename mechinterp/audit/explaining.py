@@ -17,7 +17,7 @@ from mechinterp.explain import ELEMENT_METHODS, Explainer, MapStatus, Method, ch
 from mechinterp.explain.picture import save_map
 from mechinterp.explain.pixels import PatchMap, seeded
 from mechinterp.models import HookedVLM
-from mechinterp.storage import write_json
+from mechinterp.storage import discard_earlier, write_json, write_manifest
 from mechinterp.types import Target
 
 if TYPE_CHECKING:
@@ -82,7 +82,11 @@ def explain_image(
 
 
 def write_map(made: ImageMap, out: Path) -> str:
-    """Write map.png, map.safetensors and map.json; returns a line to print."""
+    """Write map.png, map.safetensors, map.json and the manifest; returns a line to print.
+
+    An earlier map in `out` goes first. Raises StorageError where another kind of artefact is there.
+    """
+    discard_earlier(out, "map")
     method, target, values = made.method, made.target, made.relevance
     picture = save_map(values, made.image, out, title=f"{method.name}: {target.name}")
     record = {
@@ -100,6 +104,7 @@ def write_map(made: ImageMap, out: Path) -> str:
         "sum": float(values.double().sum()),
     }
     write_json(out / "map.json", record)
+    write_manifest(out, {"kind": "map", "model": made.model, "seed": made.seed})
     return f"map: {picture} ({made.status}{MEANING[made.status]}; {made.seconds:.2f} s)"
 
 
