@@ -128,6 +128,28 @@ def test_an_output_that_never_moves_has_a_status(maps):
     assert set(faithfulness_correlation(maps["exact"], few).status) == {"const_output"}
 
 
+def single(question):
+    """The question in single precision; its function sees float32 and answers in it."""
+    parts = tuple(replace(p, value=p.value.float(), reference=p.reference.float()) for p in question.parts)
+    return replace(question, parts=parts, function=lambda values: question.function((values[0].double(),)).float())
+
+
+def test_what_moves_by_the_rounding_of_single_precision_alone_has_a_status(maps):
+    """A score near 10 that float32 rounds up or down is constant, and so is such a map, also once kept in float64."""
+    still, a = single(about(lambda x: 10 + 1e-6 * linear(x))), maps["exact"]
+    seen = removals(still, random_subsets(COUNT, 20, torch.Generator().manual_seed(0)))
+    assert seen.drop.any(), "it moves by rounding"
+    curves = insertion_deletion(still, a)
+    for score in (curves.gain, comprehensiveness(still, a), faithfulness_correlation(a, seen), saco(still, a)):
+        assert set(score.status) == {"const_output"}
+    moving = single(about(linear))
+    rounded = 1 + 1e-7 * torch.rand(a.shape, generator=torch.Generator().manual_seed(3), dtype=a.dtype)
+    for given, status in ((rounded, "const_attr"), (a, "ok")):
+        moved = sensitivity(moving, lambda question, generator, given=given: given.repeat_interleave(2, 0), draws=1)
+        for score in (saco(moving, given), insertion_deletion(moving, given).gain, moved.mean):
+            assert set(score.status) == {status}
+
+
 def test_one_broken_row_breaks_no_other(question, maps):
     a = maps["exact"].clone()
     a[3, 2] = float("nan")

@@ -156,7 +156,7 @@ def _movement(measured: Measurement, draws: int, how: str) -> np.ndarray:
     """Correlation of every element with the output over the first draws; nan where it does not move."""
     change = measured.attributions[:, :draws] - measured.attribution[:, None]
     dy = measured.outputs[:, :draws] - measured.output[:, None]
-    r = movement(change, dy, measured.attributions[:, :draws])
+    r = movement(change, dy, measured.attributions[:, :draws], measured.eps)
     if how == "Pearson":
         return r
     ranked = movement(rankdata(change, axis=1), rankdata(dy, axis=1))

@@ -129,6 +129,11 @@ class Question:
         return tuple(part.value for part in self.parts)
 
     @property
+    def eps(self) -> float:
+        """To what the inputs, and with them scores and attributions, are rounded; whatever they are kept in later."""
+        return float(torch.finfo(self.parts[-1].value.dtype).eps)
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """Kind of every part."""
         return tuple(part.kind for part in self.parts)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from mechinterp.errors import UsageError
+from mechinterp.metrics.iq.scores import DOUBLE
 from mechinterp.metrics.scored import Scored, ScoreStatus, flat
 
 __all__ = [
@@ -128,7 +129,9 @@ SCORES = {
 }
 
 
-def localise(maps: Float[np.ndarray, "row n"], inside: Float[np.ndarray, "row m"], seed: int = 0) -> dict[str, Located]:
+def localise(
+    maps: Float[np.ndarray, "row n"], inside: Float[np.ndarray, "row m"], seed: int = 0, eps: float = DOUBLE
+) -> dict[str, Located]:
     """Every score of `SCORES` with its chance.
 
     Args:
@@ -136,6 +139,7 @@ def localise(maps: Float[np.ndarray, "row n"], inside: Float[np.ndarray, "row m"
         inside: share of it inside the mask, in [0, 1]; `mask_shares` for patches, the mask itself for pixels.
         seed: of the permutations of chance. With few patches, chance of the AUPRC lies well above the mask's share: a
             random order of 64 patches, 3 of them inside, has .10, not .05.
+        eps: to which the maps were rounded when they were computed; decides what is constant.
 
     Raises UsageError for other shapes, or shares outside [0, 1].
     """
@@ -148,7 +152,7 @@ def localise(maps: Float[np.ndarray, "row n"], inside: Float[np.ndarray, "row m"
     broken: dict[ScoreStatus, np.ndarray] = {
         "no_region": np.logical_or(area == 0, area == 1),
         "nonfinite": np.logical_not(finite),
-        "const_attr": flat(maps),
+        "const_attr": flat(maps, eps),
     }
     clean = np.where(finite[:, None], maps, 0.0)
     found = {}

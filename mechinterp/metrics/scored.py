@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.errors import UsageError
+from mechinterp.metrics.iq.scores import DOUBLE, still_below
 from mechinterp.metrics.statistics import Interval, PatientBootstrap, percentile_interval
 
-__all__ = ["CONSTANT", "ScoreStatus", "Scored", "broken_rows", "flat", "numpy_of"]
+__all__ = ["ScoreStatus", "Scored", "broken_rows", "flat", "numpy_of"]
 
 ScoreStatus = Literal[
     "ok",
@@ -24,7 +25,6 @@ ScoreStatus = Literal[
     "no_mass",  # nothing of the map is positive
     "no_region",  # the mask is empty, or everywhere
 ]
-CONSTANT = 1e-9  # of the largest absolute value: a smaller spread is rounding
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,36 @@ class Scored:
         return Scored(self.value - other.value, status)
 
 
-def flat(values: Float[np.ndarray, "row n"]) -> Bool[np.ndarray, " row"]:
-    """Whether a row has no spread beyond rounding; False where it is not finite, which has its own status."""
+def flat(
+    values: Float[np.ndarray, "row n"], eps: float = DOUBLE, size: Float[np.ndarray, " row"] | None = None
+) -> Bool[np.ndarray, " row"]:
+    """Whether a row has no spread beyond rounding; False where it is not finite, which has its own status.
+
+    Args:
+        eps: to which the numbers were rounded when they were computed (`Question.eps`), see `still_below`.
+        size: of the numbers that `values` are differences of, where these are larger.
+    """
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.ptp(values, axis=1) <= CONSTANT * np.abs(values).max(1, initial=0.0))
+        largest = np.maximum(np.abs(values).max(1, initial=0.0), 0.0 if size is None else size)
+        return np.asarray(np.ptp(values, axis=1) <= still_below(eps) * largest)
 
 
 def broken_rows(
-    attribution: Float[np.ndarray, "row element"], outputs: Float[np.ndarray, "row n"]
+    attribution: Float[np.ndarray, "row element"],
+    outputs: Float[np.ndarray, "row n"],
+    eps: float = DOUBLE,
+    size: Float[np.ndarray, " row"] | None = None,
 ) -> dict[ScoreStatus, np.ndarray]:
-    """The conditions `[row]` that most scores share: not finite, a constant map, an output that nothing moves."""
+    """The conditions `[row]` that most scores share: not finite, a constant map, an output that nothing moves.
+
+    `eps` is that of both arrays, `size` that of the scores where `outputs` are differences of them (see `flat`).
+    """
     finite = np.logical_and(np.isfinite(attribution).all(1), np.isfinite(outputs).all(1))
-    return {"nonfinite": np.logical_not(finite), "const_attr": flat(attribution), "const_output": flat(outputs)}
+    return {
+        "nonfinite": np.logical_not(finite),
+        "const_attr": flat(attribution, eps),
+        "const_output": flat(outputs, eps, size),
+    }
 
 
 def numpy_of(value: Tensor | np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def located(made: Comparison, seed: int = 0) -> dict[str, dict[str, Float[np.nda
         if not known.any():
             continue
         for method, judged in made.judged.items():
-            found = localise(judged.attribution, inside, seed)
+            found = localise(judged.attribution, inside, seed, made.question.eps)
             if place == 0 and made.has_target_mask:
                 columns.setdefault("auprc", {})[method] = np.where(known, found["auprc"].score.value, np.nan)
                 columns.setdefault("auprc_chance", {})[method] = np.where(known, found["auprc"].chance, np.nan)

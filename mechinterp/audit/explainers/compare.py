@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from mechinterp.explain.ask import Fill, about_image
 from mechinterp.explain.methods import Method, applies
 from mechinterp.explain.question import Question
 from mechinterp.metrics.faithfulness import Removals, insertion_deletion, judged_by
-from mechinterp.metrics.iq import IQScores, Measurement, iq, permutation_floor
+from mechinterp.metrics.iq import IQScores, iq, permutation_floor
 from mechinterp.metrics.iq.ask import Bench, effects_of, stage
 from mechinterp.models import HookedVLM
 from mechinterp.progress import progress
@@ -160,9 +160,7 @@ def _judge(
 ) -> Judged:
     attributions, seconds = bench.explain(method.explain, seed)
     measured = bench.measurement(attributions)
-    own_effects = Measurement(
-        measured.attribution, measured.output, measured.attributions, measured.outputs, own, tolerance=bench.tolerance
-    )
+    own_effects = replace(measured, effect=own, effects=None)
     shuffled = permutation_floor(measured, 20, seed)
     defined = np.isfinite(shuffled).all(0)
     floor = np.where(defined, np.where(np.isfinite(shuffled), shuffled, 0.0).mean(0), np.nan)

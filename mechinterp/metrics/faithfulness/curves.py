@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mechinterp.errors import UsageError
 from mechinterp.explain.question import Question
-from mechinterp.metrics.scored import CONSTANT, Scored, ScoreStatus, broken_rows, numpy_of
+from mechinterp.metrics.iq.scores import DOUBLE, still_below
+from mechinterp.metrics.scored import Scored, ScoreStatus, broken_rows, numpy_of
 
 __all__ = ["Curves", "best_and_worst", "comprehensiveness", "insertion_deletion", "naopc", "ranked", "sufficiency"]
 
@@ -34,12 +35,14 @@ class Curves:
         deletion: from the score of the input to that of the reference.
         insertion: from the score of the reference to that of the input.
         attribution: the order's origin; a constant one gives no order, so every summary of it has a status.
+        eps: to which scores and attribution are rounded.
     """
 
     share: Float[np.ndarray, " step"]
     deletion: Float[np.ndarray, "row step"]
     insertion: Float[np.ndarray, "row step"]
     attribution: Float[np.ndarray, "row element"]
+    eps: float = DOUBLE
 
     @property
     def deletion_auc(self) -> Scored:
@@ -68,12 +71,12 @@ class Curves:
         return inserted.minus(deleted)
 
     def _area(self, curve: np.ndarray, scaled: bool) -> Scored:
-        broken = broken_rows(self.attribution, np.concatenate([self.deletion, self.insertion], 1))
+        broken = broken_rows(self.attribution, np.concatenate([self.deletion, self.insertion], 1), self.eps)
         full, empty = self.deletion[:, :1], self.deletion[:, -1:]
         if scaled:
             gap = full - empty
             size = np.abs(self.deletion).max(1, keepdims=True)
-            broken["const_output"] = broken["const_output"] | (np.abs(gap) <= CONSTANT * size)[:, 0]
+            broken["const_output"] = broken["const_output"] | (np.abs(gap) <= still_below(self.eps) * size)[:, 0]
             curve = np.divide(curve - empty, gap, out=np.full(curve.shape, np.nan), where=gap != 0)
         return Scored.of(np.trapezoid(curve, self.share, axis=1), broken)
 
@@ -108,7 +111,7 @@ def insertion_deletion(
     cut = torch.from_numpy(removed)
     deletion = _kept(question, rank[:, None] >= cut[:, None])
     insertion = _kept(question, rank[:, None] < cut[:, None])
-    return Curves(removed / count, deletion, insertion, numpy_of(attribution))
+    return Curves(removed / count, deletion, insertion, numpy_of(attribution), question.eps)
 
 
 def comprehensiveness(
@@ -157,7 +160,7 @@ def naopc(curves: Curves, best: Float[np.ndarray, " row"], worst: Float[np.ndarr
     if len(curves.share) != curves.attribution.shape[1] + 1:
         raise UsageError("the curves skip steps", where="naopc", hint="insertion_deletion(..., steps=None)")
     aopc, span = curves.aopc, best - worst
-    none = span <= CONSTANT * np.abs(curves.deletion).max(1)
+    none = span <= still_below(curves.eps) * np.abs(curves.deletion).max(1)
     value = np.divide(aopc.value - worst, span, out=np.full(len(span), np.nan), where=~none)
     status: tuple[ScoreStatus, ...] = tuple(
         "const_output" if n and s == "ok" else s for n, s in zip(none, aopc.status, strict=True)
@@ -194,7 +197,8 @@ def _eraser(question: Question, attribution: Tensor, shares: Sequence[float], se
     inside = ranked(attribution, seed)[:, None] < top[:, None]
     score = _kept(question, inside if kept else ~inside)
     full = numpy_of(question.score())[:, None]
-    return Scored.of((full - score).mean(1), broken_rows(numpy_of(attribution), np.concatenate([score, full], 1)))
+    broken = broken_rows(numpy_of(attribution), np.concatenate([score, full], 1), question.eps)
+    return Scored.of((full - score).mean(1), broken)
 
 
 def _kept(question: Question, member: Bool[Tensor, "row step element"]) -> Float[np.ndarray, "row step"]:

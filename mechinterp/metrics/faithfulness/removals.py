@@ -12,7 +12,8 @@ from torch import Tensor
 from mechinterp.errors import UsageError
 from mechinterp.explain.question import Question
 from mechinterp.metrics.faithfulness.curves import ranked
-from mechinterp.metrics.scored import CONSTANT, Scored, broken_rows, flat, numpy_of
+from mechinterp.metrics.iq.scores import DOUBLE, still_below
+from mechinterp.metrics.scored import Scored, broken_rows, flat, numpy_of
 
 __all__ = ["Removals", "faithfulness_correlation", "infidelity", "random_subsets", "removals", "saco"]
 
@@ -27,10 +28,14 @@ class Removals:
     Args:
         removed: which elements each draw sets to their reference.
         drop: score(x) - score(x without them).
+        size: of score(x), in whose rounding a fall may be lost; None: not known.
+        eps: to which scores and attributions are rounded.
     """
 
     removed: Bool[np.ndarray, "draw element"]
     drop: Float[np.ndarray, "row draw"]
+    size: Float[np.ndarray, " row"] | None = None
+    eps: float = DOUBLE
 
 
 def random_subsets(
@@ -49,7 +54,9 @@ def random_subsets(
 
 def removals(question: Question, removed: Bool[Tensor, "draw element"]) -> Removals:
     """Remove the same sets from every row."""
-    return Removals(removed.numpy(), numpy_of(question.score())[:, None] - numpy_of(question.shared(~removed)))
+    score = numpy_of(question.score())
+    drop = score[:, None] - numpy_of(question.shared(~removed))
+    return Removals(removed.numpy(), drop, np.abs(score), question.eps)
 
 
 def faithfulness_correlation(attribution: Float[Tensor, "row element"], seen: Removals) -> Scored:
@@ -60,9 +67,9 @@ def faithfulness_correlation(attribution: Float[Tensor, "row element"], seen: Re
     """
     a = numpy_of(attribution)
     said = a @ seen.removed.T
-    broken = broken_rows(a, seen.drop)
+    broken = broken_rows(a, seen.drop, seen.eps, seen.size)
     broken["too_few"] = np.full(len(a), len(seen.removed) < LEAST_DRAWS)
-    broken["const_attr"] = broken["const_attr"] | flat(said)
+    broken["const_attr"] = broken["const_attr"] | flat(said, seen.eps)
     with np.errstate(invalid="ignore", divide="ignore"):
         x, y = said - said.mean(1, keepdims=True), seen.drop - seen.drop.mean(1, keepdims=True)
         r = (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
@@ -80,7 +87,7 @@ def infidelity(attribution: Float[Tensor, "row element"], seen: Removals, scaled
     """
     a = numpy_of(attribution)
     said = a @ seen.removed.T
-    broken = broken_rows(a, seen.drop)
+    broken = broken_rows(a, seen.drop, seen.eps, seen.size)
     if scaled:
         size = (said**2).sum(1)
         factor = np.divide((said * seen.drop).sum(1), size, out=np.zeros(len(a)), where=size > 0)
@@ -100,13 +107,14 @@ def saco(question: Question, attribution: Float[Tensor, "row element"], groups: 
     member = torch.nn.functional.one_hot(group, min(groups, question.count)).bool()  # [row, element, group]
     rows = torch.arange(len(question)).repeat_interleave(member.shape[2])
     left = numpy_of(question.mixed(~member.transpose(1, 2).flatten(0, 1), rows)).reshape(len(question), -1)
-    fall = numpy_of(question.score())[:, None] - left
+    score = numpy_of(question.score())
+    fall = score[:, None] - left
     salience = (a[:, :, None] * member.numpy()).sum(1)
     i, j = np.triu_indices(member.shape[2], 1)
     weight = salience[:, i] - salience[:, j]
     signed = np.where(fall[:, i] >= fall[:, j], weight, -weight)
     total = np.abs(weight).sum(1)
-    broken = broken_rows(a, fall)
-    broken["const_attr"] = broken["const_attr"] | (total <= CONSTANT * np.abs(a).sum(1))
+    broken = broken_rows(a, fall, question.eps, np.abs(score))
+    broken["const_attr"] = broken["const_attr"] | (total <= still_below(question.eps) * np.abs(a).sum(1))
     value = np.divide(signed.sum(1), total, out=np.full(len(a), np.nan), where=total > 0)
     return Scored.of(value, broken)

@@ -60,7 +60,7 @@ def sensitivity(
     relative = np.divide(moved, size[:, None], out=np.full(moved.shape, np.nan), where=size[:, None] > 0)
     broken: dict[ScoreStatus, np.ndarray] = {
         "nonfinite": np.any(~np.isfinite(a), axis=(1, 2)),
-        "const_attr": flat(a[:, 0]),
+        "const_attr": flat(a[:, 0], question.eps),
     }
     return Sensitivity(Scored.of(relative.max(1), broken), Scored.of(relative.mean(1), broken))
 

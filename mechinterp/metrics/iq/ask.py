@@ -65,7 +65,7 @@ class Bench:
             self.effect[:, 0],
             self.effect[:, 1:] if self.effect.shape[1] > 1 else None,
             self.tolerance,
-            torch.finfo(self.near.parts[0].value.dtype).eps,
+            self.near.eps,
         )
 
 
