@@ -8,7 +8,7 @@ For each image with a consolidation, seen by no training: the graph of the conso
 - Spearman of node influence against |change of the score| by free ablation, beside simpler predictions, over a random
   sample of active features with influence, and over the features of the pruned graph (median over images, interval by
   bootstrap over patients; anchor 0.72, Ameisen et al. 2025);
-- effects of features on features against edges and total effects, by layers between as well; perturbations one block
+- effects of features on features against edges and total effects, by layer distance as well; perturbations one block
   on, attention mediation, matched random features, and the faithfulness curve of the ranking.
 
 `benchmarks.graph_lesions` asks where on the image the influence lies.
@@ -132,7 +132,7 @@ def collect(rows: Sequence[dict[str, Any]], patients: Sequence[str]) -> list[dic
         for distance in distances:
             for statistic in ("pearson", "spearman", "sign"):
                 line(
-                    f"{kind} effect, {distance} layers between: {statistic}",
+                    f"{kind} effect, layer distance {distance}: {statistic}",
                     lambda row, k=key, d=distance, s=statistic: row["pairs"][k][d][s],
                 )
     for name in ("cosine_stream", "nmse_stream", "cosine_mlp", "nmse_mlp"):

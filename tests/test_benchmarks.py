@@ -97,5 +97,5 @@ def test_the_causal_table_tells_edges_and_total_effects_by_layers_between():
     for distance, direct, total in ((1, 0.4, -0.4), (9, 1.0, 1.0)):
         for statistic, part in (("pearson", 1), ("spearman", 2), ("sign", 4)):
             for kind, value in (("direct", direct), ("total", total)):
-                line = lines[f"{kind} effect, {distance} layers between: {statistic}"]
+                line = lines[f"{kind} effect, layer distance {distance}: {statistic}"]
                 assert (line["median"], line["n"]) == (value / part, 3)

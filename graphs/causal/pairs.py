@@ -26,7 +26,7 @@ class PairEffects:
     Fields:
         constrained_error: largest |ablation with all held + edge|, relative to the largest edge. Zero but for rounding.
         direct, total: free ablation against the edge and the total effect, over pairs with a path between them.
-        direct_by_distance, by_distance: the same within a tower, by number of layers between; edges, and total effects.
+        direct_by_distance, by_distance: the same (edges, total effects) within a tower, by layer distance; 1: next layer.
     """
 
     constrained_error: float
