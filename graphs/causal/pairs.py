@@ -26,7 +26,7 @@ class PairEffects:
     Fields:
         constrained_error: largest |ablation with all held + edge|, relative to the largest edge. Zero but for rounding.
         direct, total: free ablation against the edge and the total effect, over pairs with a path between them.
-        direct_by_distance, by_distance: the same (edges, total effects) within a tower, by layer distance; 1: next layer.
+        direct_by_distance, by_distance: the same within a tower, by layer distance (1: the next layer).
     """
 
     constrained_error: float
