@@ -11,10 +11,11 @@ also the token of its own report that names the finding):
 - the same for the model itself: each patch in turn is replaced by the image's mean, and the output read. Sizes of the
   changes stand against influence and total effect, falls against support; Pearson and Spearman over patches say how
   well a measure knows them;
-- the same for models with random weights (another one for each image). No dictionary fits them, so a graph of theirs
-  stands beside the trained model's graph of the same kind: through attention alone, MLPs being errors ("random
-  weights" beside "attention alone"), and through the MLPs too, their gates held ("random weights, MLPs held" beside
-  "MLPs held"). Only these pairs are like with like; "transcoders" has no null of its own.
+- the same for models with random weights (another one for each image), each beside the trained model's graph of the
+  same kind: through attention alone, MLPs being errors ("random weights" beside "attention alone"); through the MLPs
+  too, their gates held ("random weights, MLPs held" beside "MLPs held"); and in SAE mode, through the features of the
+  trained model's residual SAEs and held MLPs ("random weights, SAEs" beside "SAEs"; what they fail to explain of a
+  random model is error). Transcoders stand for MLPs, which random weights do not have: "transcoders" has no null.
 
 How support was chosen: on 48 development images of other patients (`--seed 91000` and `--seed 92000`, 24 images each),
 by agreement with deletion. `SEED` is the seed of the images that are reported, which no choice has seen.
@@ -127,11 +128,19 @@ def asked(model: HookedVLM, pixels: np.ndarray) -> Iterator[tuple[str, ImageText
 
 
 def graphs_of(
-    model: HookedVLM, null: HookedVLM, batch: ImageTextBatch, output: Output, dictionaries: Sequence[Placed]
+    model: HookedVLM,
+    null: HookedVLM,
+    batch: ImageTextBatch,
+    output: Output,
+    dictionaries: Sequence[Placed],
+    saes: Sequence[Placed] = (),
 ) -> Iterator[tuple[str, AttributionGraph]]:
-    """The graphs of one output by name: the model's own, then each kind without dictionaries beside its null."""
+    """The graphs of one output by name: the model's own, then each kind that has a null beside it."""
     trained, random = (freeze(of, batch, [output]) for of in (model, null))
     yield "transcoders", build_graph(trained, dictionaries, max_features=MAX_FEATURES)
+    if saes:
+        yield "SAEs", build_graph(trained, saes, mode="sae", max_features=MAX_FEATURES)
+        yield "random weights, SAEs", build_graph(random, saes, mode="sae", max_features=MAX_FEATURES)
     yield "attention alone", build_graph(trained, ())
     yield "random weights", build_graph(random, ())
     yield "MLPs held", build_graph(trained, (), mode="sae")
@@ -139,7 +148,12 @@ def graphs_of(
 
 
 def study_image(
-    model: HookedVLM, null: HookedVLM, pixels: np.ndarray, cover: np.ndarray, dictionaries: Sequence[Placed]
+    model: HookedVLM,
+    null: HookedVLM,
+    pixels: np.ndarray,
+    cover: np.ndarray,
+    dictionaries: Sequence[Placed],
+    saes: Sequence[Placed] = (),
 ) -> dict[str, float]:
     """Every number of one image by its name."""
     found: dict[str, float] = {}
@@ -148,7 +162,7 @@ def study_image(
         truth = {"influence": np.abs(fall), "support": np.maximum(fall, 0), "total effect": np.abs(fall)}
         found[f"{name}: deletion in the model, sizes"] = concentration(truth["influence"], cover)
         found[f"{name}: deletion in the model, falls"] = concentration(truth["support"], cover)
-        for place, graph in graphs_of(model, null, batch, output, dictionaries):
+        for place, graph in graphs_of(model, null, batch, output, dictionaries, saes):
             for measure, sizes in measures(graph).items():
                 found[f"{name}: {measure}, {place}"] = concentration(sizes, cover)
                 if place == "transcoders":
@@ -160,7 +174,7 @@ def study_image(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The study. Returns what is written."""
-    from mechinterp.audit.dictionary import transcoders_of
+    from mechinterp.audit.dictionary import stream_saes_of, transcoders_of
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.graph_lesions")
     parser.add_argument("model", help="phantom-clip, phantom-llava, or a twin of theirs")
@@ -170,13 +184,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     start = time.perf_counter()
     model = HookedVLM.from_pretrained(args.model)
-    dictionaries = transcoders_of(model)
+    dictionaries, saes = transcoders_of(model), stream_saes_of(model)
     phantom = cohort(args.images, args.seed)
     images, masks = phantom.render(), phantom.masks(FINDING)
     rows = []
     for i in progress(range(len(phantom)), f"{args.model}: where the path starts"):
         cover = cover_of(masks[i], model.grid_shape)
-        rows.append(study_image(model, randomised(model, i), images[i], cover, dictionaries))
+        rows.append(study_image(model, randomised(model, i), images[i], cover, dictionaries, saes))
     lines = []
     for name in dict.fromkeys(name for row in rows for name in row):
         kept = [i for i, row in enumerate(rows) if name in row]
