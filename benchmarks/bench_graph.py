@@ -4,7 +4,8 @@ circuit-tracer's pins contradict ours, so it runs in an environment of its own (
 `MECHINTERP_GRAPH_PEER_PYTHON` names its interpreter, and without it only our growth is measured. Each side has a
 process with one thread; they take turns. What is timed is CPU time from tokens to graph: forward pass, features, edges,
 and on our side the certificate; loading is not. The peer's batch of 32 was the fastest of 32, 64, 128, 256 and 512 (its
-default) at the first shape, at any budget. It leaves out features and errors of the first token, which ours have too;
+default) at the first shape, at any budget; where memory allows, whole graphs are timed with the default too, each side
+in a fresh process. It leaves out features and errors of the first token, which ours have too;
 compared are all edges that both have. What the best features capture is judged for each side by its own full graph.
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +30,22 @@ NAME = "graph"
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, budgets of features (None: all), the peer's batch, and turns that are timed."""
+    """A shape, budgets (None: all features), the peer's batch, turns that are timed, whether with its default too."""
 
     shape: Shape
     budgets: tuple[int | None, ...]
     batch: int = 32
     turns: int = 5
+    default: bool = False
 
 
 CASES = [
-    Case(Shape(6, 128, 32, 64, 4785), (None, 200, 500, 1500)),
-    Case(Shape(6, 128, 32, 65, 4585, causal=False), (None,)),
+    Case(Shape(6, 128, 32, 64, 4785), (None, 200, 500, 1500), default=True),
+    Case(Shape(6, 128, 32, 65, 4585, causal=False), (None,), default=True),
     Case(Shape(12, 192, 64, 197, 6134, causal=False), (None,), turns=1),
 ]
-QUICK = [Case(Shape(2, 32, 8, 12, 100), (None, 20), turns=1)]
+QUICK = [Case(Shape(2, 32, 8, 12, 100), (None, 20), turns=1, default=True)]
+DEFAULT_BATCH = 512  # of circuit_tracer.attribute
 
 
 def run(quick: bool = False) -> list[Row]:
@@ -51,11 +55,17 @@ def run(quick: bool = False) -> list[Row]:
         print(f"graph: circuit-tracer skipped, {PEER_PYTHON} is not set (see benchmarks/peers/circuit_tracer.txt)")
     else:
         for case in QUICK if quick else CASES:
-            with tempfile.TemporaryDirectory() as folder, ours() as our, circuit_tracer() as their:
-                our({"folder": folder, "write": asdict(case.shape)})
-                for budget in case.budgets:
-                    rows += _rows(case, budget, our, their, Path(folder))
+            rows += _against(case, case.budgets)
+            if case.default:
+                rows += _against(replace(case, batch=DEFAULT_BATCH, turns=min(case.turns, 3)), (None,))
     return rows + graph_growth.run(quick)
+
+
+def _against(case: Case, budgets: Sequence[int | None]) -> list[Row]:
+    """The rows of one shape and batch, both sides in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder, ours() as our, circuit_tracer() as their:
+        our({"folder": folder, "write": asdict(case.shape)})
+        return [row for budget in budgets for row in _rows(case, budget, our, their, Path(folder))]
 
 
 def _rows(case: Case, budget: int | None, our: Process, their: Process, folder: Path) -> list[Row]:
@@ -70,7 +80,7 @@ def _rows(case: Case, budget: int | None, our: Process, their: Process, folder: 
     found = {who: read(file) for who, file in files.items()}
     what = "all" if budget is None else "best"
     label = f"{case.shape}, {what} {first['ours']['rows']} features"
-    peer = f"{their.name}, batch {case.batch}"
+    peer = f"{their.name}, batch {case.batch}{' (its default)' if case.batch == DEFAULT_BATCH else ''}"
     seconds = {who: statistics.median(cost["cpu"] for cost in each) for who, each in costs.items()}
     differ = difference(found["ours"], found["peer"])
     rows = [_row(label, seconds, peer, "CPU s", differ)]
