@@ -79,6 +79,7 @@ def _data_and_models(command: Command) -> None:
     sub.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL")
     sub.add_argument("--data", metavar="DATA", help=f"data folder (default: a phantom of {DEFAULT_IMAGES} images)")
     sub.add_argument("--target", help="target in dataset.json (default: the one the model's card names)")
+    sub.add_argument("--thresholds", type=Path, metavar="FILE", help="JSON: thresholds of the grades other than ours")
 
     sub = command("extract", _extract, "write activations to a store", "extract phantom-clip --data D --site S")
     sub.add_argument("model", metavar="MODEL")
@@ -211,10 +212,11 @@ def _data(args: argparse.Namespace) -> None:
 
 def _audit(args: argparse.Namespace) -> None:
     from mechinterp.audit import audit
+    from mechinterp.audit.settings import settings_of
 
-    out = _out(args)
+    settings, out = settings_of(args.thresholds), _out(args)
     model = _load(args.model)
-    result = audit(model, _open(args.data, args.seed), target=args.target, out=out, seed=args.seed)
+    result = audit(model, _open(args.data, args.seed), args.target, out, args.seed, settings=settings)
     print(result.summary())
     print(f"report: {(out / 'report.html').resolve()}")
 

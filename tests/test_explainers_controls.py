@@ -7,15 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import tiny
 
 from mechinterp.audit.dictionary import dictionary_of, model_folder, training_record
-from mechinterp.audit.explainers import Comparison, Effort, compare, methods_of
+from mechinterp.audit.explainers import Comparison, Effort, audit_section, compare, methods_of, section
 from mechinterp.audit.explainers.checks import check_fields, checked
 from mechinterp.audit.explainers.controls import Controls, controls_of
 from mechinterp.audit.explainers.folder import BESIDE, table_of
+from mechinterp.audit.explainers.grading import graded
 from mechinterp.audit.explainers.records import explainer_rows
+from mechinterp.audit.settings import settings_of
+from mechinterp.cli import main
 from mechinterp.data import open_data
 from mechinterp.errors import UsageError
+from mechinterp.metrics.grades import Measured, Thresholds
 from mechinterp.metrics.sanity import randomising, stages
 from mechinterp.models import HookedVLM
 from mechinterp.models.bundles import bundled_folder
@@ -144,3 +149,41 @@ def test_a_recorded_control_may_stand_beside_its_model_and_is_named_when_it_is_g
     with pytest.raises(UsageError, match=r"training\.json: controls\.permuted: names '\.\./shuffled'.*take it out"):
         controls_of(model, HookedVLM.from_pretrained)
     assert controls_of(model, HookedVLM.from_pretrained, {"permuted": "phantom-clip-permuted"}).permuted is not None
+
+
+def test_an_audit_takes_the_controls_of_the_models_record_and_the_thresholds(monkeypatch, data, model, caplog):
+    """What `mechinterp iq` would take; one that does not open is left out with a warning: no verdict needs it."""
+    seen = []
+    monkeypatch.setattr(section, "compare_explainers", lambda *args: seen.append(args[-2:]))
+    monkeypatch.setattr("mechinterp.audit.explainers.controls.training_record", lambda model: {"controls": said})
+    limits = Thresholds(faithfulness=(0.9, 0.5, 0.1))
+    said = {"again": "phantom-clip"}
+    audit_section(model, data, data.targets["finding"], [], 2, 0, limits)
+    said = {"again": "is not there"}
+    audit_section(model, data, data.targets["finding"], [], 2, 0)
+    (given, controls), (default, none) = seen
+    assert given is limits and default is None
+    assert controls.again.label == "phantom-clip" and controls.permuted is None
+    assert none == Controls() and "is not there" in caplog.text
+
+
+def test_a_classifier_is_graded_without_a_prompt_and_no_other_model_is(made):
+    """A classifier reads no prompt: what cannot be tested keeps no grade from it. A dual encoder must pass it."""
+    row = {"method": "occlusion", "circular": [], "F": 0.9, "R_excess": 0.01}
+    row |= {"randomisation_verdict": "pass", "prompt_randomisation_verdict": "not tested"}
+    row["ci95"] = {"F": [0.85, 0.95], "R_excess": [0.0, 0.02]}
+    curves, classifier = Measured(0.9, (0.8, 1.0)), replace(made, model=HookedVLM(*tiny("vit")))
+    assert graded(classifier, row, curves).grade == "A"
+    assert graded(classifier, row | {"randomisation_verdict": "fail"}, curves).grade == "D"
+    assert graded(made, row, curves).grade == "NOT GRADED"
+
+
+def test_audit_reads_its_thresholds_before_anything_else(tmp_path, capsys):
+    """A file that is none ends in one line that names it; a good one stands in the settings."""
+    file = tmp_path / "limits.json"
+    file.write_text('{"curves": [1]}')
+    assert main(["audit", "no-such-model", "--thresholds", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "limits.json" in capsys.readouterr().err
+    file.write_text('{"curves": [0.5, 0.4, 0.3]}')
+    found = settings_of(file).grades
+    assert found is not None and found.curves == (0.5, 0.4, 0.3) and settings_of(None).grades is None

@@ -264,6 +264,19 @@ def test_the_explainers_table_says_of_how_many_images_and_what_another_prompt_di
     assert "after another finding's prompt" in text and "0.97 fails" in text
 
 
+def test_checks_against_other_models_and_given_thresholds_stand_in_the_report():
+    """A column for each control that was there and no other; commands take the thresholds that were given."""
+    one = record("mark")
+    plain = report.render(one, {}, {}, [])
+    assert "permuted labels" not in plain and "--thresholds" not in plain
+    for row in one["explainers"]:
+        row |= {"label_randomisation": 0.93, "label_randomisation_verdict": "fail"}
+    one["settings"]["grades"] = {"curves": [0.5, 0.4, 0.3]}
+    said = " ".join(" ".join(Page(report.render(one, {}, {}, [])).text).split())
+    assert "to permuted labels" in said and "0.93 fails" in said and "to the same trained again" not in said
+    assert said.count("--thresholds FILE") == 2 and "FILE: the thresholds" in said
+
+
 def test_pictures_of_images_that_may_hold_names_are_withheld():
     class Data(ImageData):
         def __init__(self):

@@ -136,7 +136,7 @@ def audit(
     driver_rows, cards, heats = _features(cases, trial, data, evidence, selectivity, settings, seed)
     traced = graph_section(model, data, asked, evidence, seed)
     graph, picture = (None, None) if isinstance(traced, str) else traced
-    compared = audit_section(model, data, asked, rows, settings.explainer_images, seed)
+    compared = audit_section(model, data, asked, rows, settings.explainer_images, seed, settings.grades)
     record |= {"shortcuts": rows + driver_rows, "features": cards, "graph": graph}
     record["explainers"] = compared.rows if compared else []
     record["explained"] = compared.record["images"] if compared else []

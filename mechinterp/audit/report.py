@@ -77,6 +77,7 @@ def render(
         iq_command=_iq_command(record),
         cards={card["id"]: card for card in record["features"]},
         mass_keys=_mass_keys(record),
+        beside=_beside(record),
         explained_n=_explained(record),
         accused=_accused(record),
         idle=idle,
@@ -106,6 +107,19 @@ def _gathered(rows: list[dict[str, str]]) -> list[dict[str, str]]:
             what = f"{len(group['rows'])}: {', '.join(one['what'] for one in group['rows'])}"
             made.append({"what": what, "why": group["why"]})
     return made
+
+
+BESIDE = {
+    "label_randomisation": "to permuted labels",
+    "repeatability": "to the same trained again",
+    "reproducibility": "to another architecture",
+}
+
+
+def _beside(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Fields and titles of the checks against other models, where the model's record names such."""
+    rows = record["explainers"]
+    return [(key, title) for key, title in BESIDE.items() if any(row.get(key) is not None for row in rows)]
 
 
 def _mass_keys(record: dict[str, Any]) -> list[str]:
@@ -166,8 +180,10 @@ def _asked(command: str, record: dict[str, Any]) -> list[str]:
     """A command for the same model, data, target and seed.
 
     The phantom that is taken by default has no folder; any other data have a name here and no path, which is FOLDER.
+    Thresholds of the grades that were given are FILE.
     """
     data = [] if record["data"].get("default") else ["--data", "FOLDER"]
+    data += ["--thresholds", "FILE"] if record["settings"].get("grades") else []
     parts = ["mechinterp", command, record["model"]["id"], *data, "--target", record["target"]]
     return [*parts, "--seed", str(record["seed"])]
 

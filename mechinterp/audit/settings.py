@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["Settings"]
+from mechinterp.metrics.grades import Thresholds
+
+__all__ = ["Settings", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Settings:
             many more as Holm's correction needs to be able to reject.
         max_images: test images on which features are ablated (a seeded choice of patients when there are more).
         explainer_images: test images on which saliency methods are compared; 0 leaves them out.
+        grades: thresholds of their grades; None: those of `mechinterp.metrics.grades`.
     """
 
     harm_line: float = 0.05
@@ -35,3 +39,11 @@ class Settings:
     joint_sets: int = 100
     max_images: int = 240
     explainer_images: int = 6
+    grades: Thresholds | None = None
+
+
+def settings_of(thresholds: Path | None) -> Settings:
+    """The settings with thresholds of the grades from a file, if one is given. Raises UsageError that names it."""
+    from mechinterp.audit.explainers.grading import read_thresholds
+
+    return Settings(grades=read_thresholds(thresholds) if thresholds else None)

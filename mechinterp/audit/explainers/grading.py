@@ -15,6 +15,7 @@ from mechinterp.audit.explainers.checks import FIELDS
 from mechinterp.audit.explainers.compare import Comparison, Judged
 from mechinterp.errors import UsageError
 from mechinterp.metrics.grades import Evidence, Grade, Measured, Thresholds, grade
+from mechinterp.metrics.sanity import reads_prompt
 from mechinterp.metrics.statistics import PatientBootstrap, percentile_interval
 
 __all__ = ["NEEDED", "curve_share", "grade_fields", "graded", "read_thresholds"]
@@ -45,9 +46,12 @@ def graded(made: Comparison, row: Mapping[str, Any], curves: Measured, threshold
     """The grade of one record of `explainer_rows`. F and the curves are by blur, which no explainer was built with;
     what is circular all the same is not graded.
 
-    R_excess is graded as it is, without taking off what chance adds to it: that counts against the method.
+    A classifier reads no prompt, so its grades need no check of that. R_excess is graded as it is, without taking off
+    what chance adds to it: that counts against the method.
     """
     limits = thresholds or Thresholds(needed=NEEDED)
+    if not reads_prompt(made.model):
+        limits = replace(limits, needed=tuple(n for n in limits.needed if n != "prompt") or limits.needed)
     evidence = Evidence(
         faithfulness=_measured(row, "F"),
         curves=curves,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from mechinterp.audit.explainers.checks import checked, located
 from mechinterp.audit.explainers.compare import Comparison, Effort, compare
-from mechinterp.audit.explainers.controls import Controls
+from mechinterp.audit.explainers.controls import Controls, controls_of
 from mechinterp.audit.explainers.grading import curve_share, grade_fields, graded
 from mechinterp.audit.explainers.records import explainer_rows
 from mechinterp.data import ImageData
@@ -21,6 +22,8 @@ from mechinterp.models import HookedVLM
 from mechinterp.types import Target
 
 __all__ = ["IN_AUDITS", "Compared", "audit_section", "compare_explainers", "methods_of"]
+
+log = logging.getLogger(__name__)
 
 IN_AUDITS = (
     "integrated_gradients",
@@ -105,17 +108,31 @@ def compare_explainers(
 
 
 def audit_section(
-    model: HookedVLM, data: ImageData, target: Target, shortcuts: Sequence[Mapping[str, Any]], images: int, seed: int
+    model: HookedVLM,
+    data: ImageData,
+    target: Target,
+    shortcuts: Sequence[Mapping[str, Any]],
+    images: int,
+    seed: int,
+    thresholds: Thresholds | None = None,
 ) -> Compared | None:
-    """The usual methods on an audit's data, held beside the masks of what its verdicts accuse.
+    """The usual methods on an audit's data, held beside the masks of what its verdicts accuse, and beside the controls
+    that the model's own record names. One that does not open is left out with a warning: the verdicts need none.
 
     The images do not depend on the verdicts, so that `mechinterp iq` explains the same ones.
 
     Args:
         shortcuts: the records of the shortcut search.
         images: how many; 0 leaves the section out (None).
+        thresholds: of the grades.
     """
     if not images:
         return None
     accused = tuple(row["candidate"] for row in shortcuts if row["verdict"] in ("FAIL", "CONCERN"))
-    return compare_explainers(model, data, target, methods_of(IN_AUDITS), Effort(images, masks=accused), seed)
+    try:
+        controls = controls_of(model, HookedVLM.from_pretrained)
+    except UsageError as error:
+        log.warning("explainers are held beside no other model: %s", error)
+        controls = Controls()
+    methods, effort = methods_of(IN_AUDITS), Effort(images, masks=accused)
+    return compare_explainers(model, data, target, methods, effort, seed, None, thresholds, controls)

@@ -17,7 +17,7 @@ from mechinterp.metrics.sanity.checks import (
     reproducibility,
     weight_randomisation,
 )
-from mechinterp.metrics.sanity.prompts import nonsense
+from mechinterp.metrics.sanity.prompts import nonsense, reads_prompt
 from mechinterp.metrics.sanity.randomise import Stage, randomising, stages
 from mechinterp.metrics.sanity.similarity import SIMILARITIES, Similarity
 
@@ -34,6 +34,7 @@ __all__ = [
     "overall",
     "prompt_randomisation",
     "randomising",
+    "reads_prompt",
     "reproducibility",
     "stages",
     "weight_randomisation",

@@ -12,9 +12,14 @@ from mechinterp.models import HookedVLM
 from mechinterp.models.tables import Classifier, Dual, Features, Generative
 from mechinterp.types import Target
 
-__all__ = ["nonsense"]
+__all__ = ["nonsense", "reads_prompt"]
 
 TRIES = 200
+
+
+def reads_prompt(model: HookedVLM) -> bool:
+    """Whether the score depends on words at all: not that of a classifier."""
+    return isinstance(model.table.head, Dual | Generative)
 
 
 def nonsense(model: HookedVLM, target: Target, seed: int = 0) -> Target:
