@@ -323,7 +323,9 @@ def test_heat_colours_only_where_the_feature_fires():
 
 def test_figures_take_any_name_and_none_is_drawn_without_data():
     assert forest([shortcut("$\\frac{", "PASS"), shortcut("a" * 200)], None, 0.25)
-    assert forest([shortcut("x", causal_effect=None)], None, 0.25) is None
+    assert forest([shortcut("x", causal_effect=None, detectable_gap=None)], None, 0.25) is None
+    bare = {"causal_effect": None, "causal_ci95": [None, None], "null_band": [None, None]}
+    assert forest([shortcut("no feature is selective for it", "PASS", **bare)], None, 0.25)
     assert performance_plot([{"group": "overall", "n": 0, "auroc": None, "ci95": [None, None]}]) is None
 
 

@@ -14,25 +14,28 @@ _INK, _GREY, _BAND = "#202124", "#80868b", "#dadce0"
 
 
 def forest(rows: list[dict[str, Any]], truth: dict[str, Any] | None, line: float) -> bytes | None:
-    """Causal effect of every tested candidate with its interval, against the band of its matched random sets.
+    """Causal effect and score gap of every tested candidate with their intervals, against matched random sets.
 
-    None when no candidate was tested. On a phantom a cross marks the true do() effect.
+    None when no candidate was tested: neither features removed, nor images enough for a gap. On a phantom a cross marks
+    the true do() effect.
     """
-    tested = [row for row in rows if row["kind"] == "attribute" and row["causal_effect"] is not None]
+    asked = [row for row in rows if row["kind"] == "attribute"]
+    tested = [row for row in asked if row["causal_effect"] is not None or row["detectable_gap"] is not None]
     if not tested:
         return None
-    tested = sorted(tested, key=lambda row: abs(row["causal_effect"]))
+    tested = sorted(tested, key=lambda row: abs(row["causal_effect"] or 0.0))
     true = {row["candidate"]: row["do_effect"] for row in (truth or {}).get("planted", []) if row["candidate"]}
     figure, axes = _canvas(len(tested))
     for y, row in enumerate(tested):
         colour = COLOURS[row["verdict"]]
-        low, high = row["causal_ci95"]
+        axes.plot(row["observed_ci95"], [y, y], color=_GREY, linewidth=1.0, solid_capstyle="butt", zorder=2)
+        axes.plot(row["observed_score_gap"], y, "D", color="white", markeredgecolor=_GREY, markersize=5, zorder=2)
         if row["null_band"][0] is not None:
             left, right = row["null_band"]
             axes.barh(y, right - left, left=left, height=0.72, color=_BAND, zorder=1)
-        axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=3)
-        axes.plot(row["causal_effect"], y, "o", color=colour, markersize=7, zorder=4)
-        axes.plot(row["observed_score_gap"], y, "D", color="white", markeredgecolor=_GREY, markersize=5, zorder=2)
+        if row["causal_effect"] is not None:
+            axes.plot(row["causal_ci95"], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=3)
+            axes.plot(row["causal_effect"], y, "o", color=colour, markersize=7, zorder=4)
         if row["candidate"] in true:
             axes.plot(true[row["candidate"]], y, "x", color=_INK, markersize=7, markeredgewidth=1.6, zorder=5)
     for x in (-line, line):
@@ -41,7 +44,7 @@ def forest(rows: list[dict[str, Any]], truth: dict[str, Any] | None, line: float
     _labels(
         axes, [f"{_plain(row['candidate'])}   {row['verdict']}" for row in tested], [row["verdict"] for row in tested]
     )
-    keys = "features removed (dot, 95 % interval);  raw difference at equal label (diamond)"
+    keys = "features removed (dot);  score gap at equal label (diamond), both with 95 % intervals"
     keys += ";  true do() effect (cross)" if true else ""
     axes.set_xlabel(f"change of the score in sd\n{keys}", fontsize=8.5)
     _legend(figure, "grey band: 95 % of matched random feature sets;  dashed: the line that matters", len(tested))
