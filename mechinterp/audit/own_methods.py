@@ -31,7 +31,7 @@ __all__ = ["Features", "features_of", "graph_patches", "own_methods", "sae_maps"
 log = logging.getLogger(__name__)
 
 MOST = 64  # features ablated for each image: the largest by |activation times gradient|
-ROWS = 32  # images swept together
+ROWS = 32  # images swept together, at most
 BUDGET = 300  # features of a graph whose causes are computed
 
 
@@ -127,9 +127,10 @@ def sae_maps(
     """
     source = _source(question, model, "sae_maps")
     found = []
-    for start in range(0, len(question), ROWS):
-        piece = question[start : start + ROWS]
-        batch = source.batch[slice(start, start + ROWS)].with_pixels(piece.values[0])
+    rows = min(ROWS, question.chunk)
+    for start in range(0, len(question), rows):
+        piece = question[start : start + rows]
+        batch = source.batch[slice(start, start + rows)].with_pixels(piece.values[0])
         active, chosen = _active(piece, model, placed, most)
         features = chosen.any(0).nonzero()[:, 0]
         if not len(features):
