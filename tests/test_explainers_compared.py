@@ -13,8 +13,8 @@ from PIL import Image
 
 from mechinterp.audit.explainers import Effort, compare_explainers, methods_of
 from mechinterp.audit.explainers.choose import chosen_rows, masks_of
-from mechinterp.audit.explainers.figures import maps_picture, plane_picture
-from mechinterp.audit.explainers.folder import table_of, write_folder
+from mechinterp.audit.explainers.figures import _canvas, _name, maps_picture, plane_picture
+from mechinterp.audit.explainers.folder import console_of, table_of, write_folder
 from mechinterp.audit.explainers.further import FURTHER
 from mechinterp.audit.explainers.grading import curve_share, graded, read_thresholds
 from mechinterp.data import open_data
@@ -270,3 +270,32 @@ def test_the_folder_holds_what_the_table_says(compared, cohort, tmp_path):
 def test_an_unknown_method_is_refused_with_the_list():
     with pytest.raises(UsageError, match=r"no method 'gradcam'.*grad_cam"):
         methods_of(("gradcam",))
+
+
+def test_the_table_on_the_console_fits_a_terminal(compared):
+    """No line is over 120 columns; every method is there with F and its interval, and what had no room is named."""
+    rows = compared["shortcut"].rows
+    many = [row | {f"mass attribute number {i}": 1.0 for i in range(9)} for row in rows]
+    for shown in (many, rows):
+        header, *lines, last = console_of(shown).splitlines()
+        assert max(map(len, [header, *lines])) <= 120 and len(lines) == len(rows)
+        assert {line.split()[0] for line in lines} == {row["method"] for row in rows}
+        assert header.split()[:3] == ["method", "F", "R"] and "table.md" in last
+    assert "mass attribute number 8" in console_of(many).splitlines()[-1] and "mass mark" in header
+    best = max((row for row in rows if not row["anchor"]), key=lambda row: row["F"])
+    low, high = best["ci95"]["F"]
+    assert f"{best['method']} " in lines[0] and f"{best['F']:.2f} [{low:.2f}, {high:.2f}]" in lines[0]
+
+
+def test_names_of_points_cover_neither_each_other_nor_a_point():
+    """Twelve explainers close together are all named legibly."""
+    figure, axes = _canvas(1, 2, 10.5, 4.4)
+    axes[0, 0].set_xlim(0, 1.02)
+    places = 0.5 + 0.05 * np.random.default_rng(0).random((12, 2))
+    points = [(float(x), float(y), f"integrated gradients {i}", "black") for i, (x, y) in enumerate(places)]
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in _name(axes[0, 0], points)]
+    assert len(boxes) == 12
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    spots = [axes[0, 0].transData.transform(point[:2]) for point in points]
+    assert not any(box.contains(*spot) for box in boxes for spot in spots)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mechinterp.audit.explainers.compare import Effort
 from mechinterp.audit.explainers.controls import controls_of
-from mechinterp.audit.explainers.folder import write_folder
+from mechinterp.audit.explainers.folder import console_of, write_folder
 from mechinterp.audit.explainers.grading import read_thresholds
 from mechinterp.audit.explainers.section import compare_explainers, methods_of
 from mechinterp.audit.explaining import OWN
@@ -46,9 +46,15 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
     controls = controls_of(model, load, {key: getattr(args, key) for key in CONTROLS})
     compared = compare_explainers(model, data, target, methods, effort, args.seed, None, limits, controls)
     command = _command(args)
-    table = write_folder(compared, data, out, args.seed, round(time.perf_counter() - started, 2), command)
+    write_folder(compared, data, out, args.seed, round(time.perf_counter() - started, 2), command)
     refused = [f"{name}: {why}" for name, why in compared.made.refused.items()]
-    return "\n".join([table, *refused, f"table: {out / 'table.md'}, pictures: {out / 'maps.png'}, {out / 'plane.png'}"])
+    return "\n".join(
+        [
+            console_of(compared.rows),
+            *refused,
+            f"table: {out / 'table.md'}, pictures: {out / 'maps.png'}, {out / 'plane.png'}",
+        ]
+    )
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -16,6 +16,9 @@ __all__ = ["maps_picture", "plane_picture"]
 
 INK, GREY = "#202124", "#80868b"
 EDGES = ("#1b6e3c", "#c2410c", "#7b3fa0", "#a88a00")  # the target's mask first
+# points across and up from a point to its name, and the name's side that is there: the nearest first
+_ROOMS = [(a if s == "left" else -a, u, s) for a, u in ((4, 2), (4, -7)) for s in ("left", "right")]
+_ROOMS += [(3 * d, u, s) for n in range(1, 9) for u in (9 * n, -9 * n - 5) for s, d in (("left", 1), ("right", -1))]
 ACROSS = 8  # pictures in a row, at most
 
 
@@ -55,18 +58,20 @@ def maps_picture(made: Comparison, data: ImageData, images: int = 2) -> bytes | 
 def plane_picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """PNG: F across, R beyond the effects' own co-movement up, every explainer with its interval; anchors grey."""
     figure, axes = _canvas(1, 2, 10.5, 4.4)
+    named: list[tuple[Any, list[tuple[float, float, str, str]]]] = []
     for ax, column, label in (
         (axes[0, 0], "R", "R: moves with the output"),
         (axes[0, 1], "R_excess", "R beyond the true effects' own movement"),
     ):
         top = _top(rows, column)
+        points: list[tuple[float, float, str, str]] = []
         for row in rows:
             x, y = row["F"], row[column]
             if x is None or y is None:
                 continue
             if y > top:  # an anchor that would squeeze everything else to the bottom
                 said = f"{row['method'].replace('_', ' ')}: {y:.2f} \u2191"
-                ax.text(x, 0.985 * top, said, fontsize=6.5, color=GREY, ha="center", va="top")
+                points.append((x, 0.97 * top, said, GREY))
                 continue
             colour = GREY if row["anchor"] else EDGES[0] if row["built_from"] in ("latent", "graph") else "#1f5fa8"
             for key, at in (("F", "x"), (column, "y")):
@@ -75,9 +80,7 @@ def plane_picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
                     ends = (interval, [y, y]) if at == "x" else ([x, x], interval)
                     ax.plot(*ends, color=colour, linewidth=0.7, alpha=0.6)
             ax.plot(x, y, "o", color=colour, markersize=4)
-            ax.annotate(
-                row["method"].replace("_", " "), (x, y), (3, 3), textcoords="offset points", fontsize=6.5, color=colour
-            )
+            points.append((x, y, row["method"].replace("_", " "), colour))
         ax.set_xlabel("F: agrees with held-out removal effects", fontsize=8.5)
         ax.set_ylabel(label, fontsize=8.5)
         ax.set_xlim(0, 1.02)
@@ -87,7 +90,38 @@ def plane_picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
         ax.set_axisbelow(True)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
+        named.append((ax, points))
+    figure.canvas.draw()  # lays the panels out: the room that a name takes is in pixels
+    for ax, points in named:
+        _name(ax, points)
     return _png(figure)
+
+
+def _name(ax: Any, points: Sequence[tuple[float, float, str, str]]) -> list[Any]:
+    """Write each name beside its point where it covers no other name and no point, as near as there is room."""
+    from matplotlib.transforms import Bbox
+
+    renderer = ax.figure.canvas.get_renderer()
+    spots = [ax.transData.transform((x, y)) for x, y, _, _ in points]
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in spots]
+    made = []
+    for i, (x, y, said, colour) in enumerate(points):
+        text = ax.annotate(said, (x, y), (0, 0), textcoords="offset points", fontsize=6.5, color=colour)
+        text.set_in_layout(False)
+        others = taken[:i] + taken[i + 1 :]
+        for across, up, side in _ROOMS:
+            text.set_position((across, up))
+            text.set_horizontalalignment(side)
+            box = text.get_window_extent(renderer)
+            inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1
+            if inside and not any(box.overlaps(other) for other in others):
+                break
+        if abs(up) > 8:
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.7, "shrinkA": 0, "shrinkB": 2}
+            ax.annotate("", (x, y), (across, up + 3), textcoords="offset points", arrowprops=line)
+        taken.append(text.get_window_extent(renderer))
+        made.append(text)
+    return made
 
 
 def _top(rows: Sequence[Mapping[str, Any]], column: str) -> float:

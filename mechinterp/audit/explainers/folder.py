@@ -13,7 +13,9 @@ from mechinterp.audit.explainers.section import Compared
 from mechinterp.data import ImageData
 from mechinterp.storage import write_bytes, write_json, write_manifest
 
-__all__ = ["table_of", "write_folder"]
+__all__ = ["console_of", "table_of", "write_folder"]
+
+CONSOLE = 120  # columns of a terminal
 
 SHOWN = (
     ("R", "R"),
@@ -92,6 +94,32 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [name, *(_cell(row, key) for key, _ in shown), *(_cell(row, m) for m in masses)]
         lines.append("| " + " | ".join([*cells, f"{row['seconds']:.3f}"]) + " |")
     return "\n".join(lines)
+
+
+def console_of(rows: Sequence[Mapping[str, Any]], width: int = CONSOLE) -> str:
+    """The table for a terminal: the scores that matter most, as many as fit beside each other; intervals of F and R.
+
+    No line is longer than `width`. Everything is in table.md.
+    """
+    masses = sorted({key for row in rows for key in row if key.startswith("mass ")})
+    titles = dict(SHOWN) | dict(BESIDE) | {m: m for m in masses}
+    ranked = sorted(rows, key=lambda r: (r["anchor"], -(r["F"] if r["F"] is not None else -1)))
+    made = [["method", *(f"{row['method']}{' (anchor)' if row['anchor'] else ''}" for row in ranked)]]
+    left_out = []
+    for key in ("F", "R", *masses, "curves", "randomisation", "prompt_randomisation", "R_excess", "auprc", "IS"):
+        cells = [_cell(row, key) if key in ("F", "R") else _cell(row, key).partition(" [")[0] for row in ranked]
+        column = [titles[key], *cells]
+        if sum(max(map(len, one)) + 2 for one in [*made, column]) - 2 <= width:
+            made.append(column)
+        else:
+            left_out.append(titles[key])
+    widths = [max(map(len, column)) for column in made]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in zip(*made, strict=True)
+    ]
+    beside = f"also {', '.join(left_out)}, " if left_out else ""
+    return "\n".join([*lines, f"in table.md: {beside}every interval, and what each column means"])
 
 
 def _images(rows: Sequence[Mapping[str, Any]], key: str) -> str:
