@@ -211,8 +211,7 @@ def _data(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from mechinterp.audit import audit
-    from mechinterp.audit.settings import settings_of
+    from mechinterp.audit import audit, settings_of
 
     settings, out = settings_of(args.thresholds), _out(args)
     model = _load(args.model)

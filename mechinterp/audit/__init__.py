@@ -15,10 +15,10 @@ from mechinterp.lazy import lazily
 
 if TYPE_CHECKING:
     from mechinterp.audit.pipeline import AuditResult, audit
-    from mechinterp.audit.settings import Settings
+    from mechinterp.audit.settings import Settings, settings_of
 
-__all__ = ["AuditResult", "Settings", "audit"]
+__all__ = ["AuditResult", "Settings", "audit", "settings_of"]
 
-_HOMES = {"AuditResult": "pipeline", "Settings": "settings", "audit": "pipeline"}
+_HOMES = {"AuditResult": "pipeline", "Settings": "settings", "audit": "pipeline", "settings_of": "settings"}
 
 __getattr__ = lazily(__name__, _HOMES)
