@@ -14,7 +14,7 @@ from mechinterp.models.bundles import bundled_folder
 from mechinterp.models.tables import Classifier, Dual, Generative
 from mechinterp.types import Target
 
-__all__ = ["check_texts", "check_words", "target_of", "unknown_words"]
+__all__ = ["check_texts", "check_words", "target_of", "unknown_words", "word_caution"]
 
 PHRASE = 4  # words; what is longer is taken as a prompt of its own
 _PARTS = re.compile(r"[^\W_]+|[^\w\s]|_")
@@ -51,13 +51,31 @@ def check_words(model: HookedVLM, target: Target, where: str) -> None:
 
     Two findings that it does not know would have one score: that of neither.
     """
+    check_texts(model, _texts(model, target), where)
+
+
+def word_caution(model: HookedVLM, target: Target) -> str | None:
+    """What to say where the target of a data folder holds words that the model does not know; None where it knows all.
+
+    A folder's target is no slip of the pen: it is scored as it stands, and every report says what was scored.
+    """
+    unknown = unknown_words(model, _texts(model, target))
+    if not unknown:
+        return None
+    return (
+        f"{model.label} does not know {', '.join(map(repr, unknown))} and read its unknown word in place of it: the "
+        f"score is not of {target.name!r}. Give the target prompts in words that the model knows (dataset.json)."
+    )
+
+
+def _texts(model: HookedVLM, target: Target) -> list[str]:
     match model.table.head:
         case Dual():
-            check_texts(model, [text for text in (target.positive, target.negative) if text is not None], where)
+            return [text for text in (target.positive, target.negative) if text is not None]
         case Generative():
-            check_texts(model, [target.asked()], where)
+            return [target.asked()]
         case _:
-            pass  # classes have names, and no words are read
+            return []  # classes have names, and no words are read
 
 
 def check_texts(model: HookedVLM, texts: Sequence[str], where: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mechinterp.audit.asking import check_words
+from mechinterp.audit.asking import word_caution
 from mechinterp.audit.candidates import candidates
 from mechinterp.audit.catalogue import Heat, feature_row, heat_maps
 from mechinterp.audit.causal import Trial, stage
@@ -123,7 +123,7 @@ def audit(
         "schema_version": SCHEMA_VERSION,
         "model": {"id": model.label, "family": model.family, "sha256": model.sha256},
         "data": _about_data(data, evidence) | {"default": is_default(data, seed)},
-        "cautions": [caution] if (caution := stand_in(model, data)) else [],
+        "cautions": _cautions(model, data, asked),
         "cohort": cohort(evidence, data),
         "target": asked.name,
         "prompts": asdict(asked),
@@ -165,11 +165,13 @@ def choose_target(model: HookedVLM, data: ImageData, name: str | None) -> Target
         raise UsageError(f"no target {name!r}", where="target", hint=f"there are: {', '.join(data.targets)}")
     wanted = training_record(model).get("target") if name is None else name
     asked = data.targets[wanted] if wanted in data.targets else next(iter(data.targets.values()))
-    check_words(model, asked, f"target {asked.name!r}")
-    caution = stand_in(model, data)
-    if caution:
+    for caution in _cautions(model, data, asked):
         log.warning(caution)
     return asked
+
+
+def _cautions(model: HookedVLM, data: ImageData, asked: Target) -> list[str]:
+    return [said for said in (stand_in(model, data), word_caution(model, asked)) if said is not None]
 
 
 def _enough(evidence: Evidence, data: ImageData, target: Target) -> None:
