@@ -13,6 +13,7 @@ from PIL import Image
 
 from mechinterp.audit.explainers import Effort, compare_explainers, methods_of
 from mechinterp.audit.explainers.choose import chosen_rows, masks_of
+from mechinterp.audit.explainers.command import _unseen
 from mechinterp.audit.explainers.figures import _canvas, _name, maps_picture, plane_picture
 from mechinterp.audit.explainers.folder import console_of, table_of, write_folder
 from mechinterp.audit.explainers.further import FURTHER
@@ -68,6 +69,15 @@ def test_masks_are_shares_of_patches(models, cohort):
     assert known.all() and np.allclose(shares[:, 0], 25 / 64) and not shares[:, 1:].any()
     without = np.flatnonzero(cohort.attribute("mark").values == 0)[:3]
     assert not masks_of(models["clean"], cohort, "mark", without)[1].any()
+
+
+def test_masks_that_no_image_has_are_said(models, cohort):
+    """Whoever asks for the masks of a mark hears that there is no column for it; one image with it is enough."""
+    values = cohort.attribute("mark").values
+    without, one = np.flatnonzero(values == 0)[:3], np.r_[np.flatnonzero(values == 0)[:2], np.flatnonzero(values)[:1]]
+    for rows, said in ((without, 1), (one, 0)):
+        found = {"mark": masks_of(models["clean"], cohort, "mark", rows)}
+        assert [line.startswith("masks of mark: none") for line in _unseen(found, ["mark"])] == [True] * said
 
 
 def test_images_are_of_test_patients_one_each_and_half_with_the_target(cohort):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
 
 from mechinterp.audit.explainers.compare import Effort
 from mechinterp.audit.explainers.controls import controls_of
@@ -48,6 +52,7 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
     command = _command(args)
     write_folder(compared, data, out, args.seed, round(time.perf_counter() - started, 2), command)
     refused = [f"{name}: {why}" for name, why in compared.made.refused.items()]
+    refused += _unseen(compared.made.masks, masks)
     return "\n".join(
         [
             console_of(compared.rows),
@@ -55,6 +60,15 @@ def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageD
             f"table: {out / 'table.md'}, pictures: {out / 'maps.png'}, {out / 'plane.png'}",
         ]
     )
+
+
+def _unseen(found: Mapping[str, tuple[Any, Bool[np.ndarray, " image"]]], masks: Sequence[str]) -> list[str]:
+    """A line for each of `masks` that no explained image has: there is no column for it."""
+    return [
+        f"masks of {name}: none of these images has one, so there is no column; take more (--images)"
+        for name in masks
+        if name not in found or not found[name][1].any()
+    ]
 
 
 def _command(args: argparse.Namespace) -> str:
