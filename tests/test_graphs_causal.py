@@ -75,6 +75,19 @@ def scene(family, dtype=torch.float32):
     return model, lab, graph
 
 
+def taking(lab, graph, node):
+    """A plain hook that takes a feature's part off what is written at its position."""
+    at = graph.nodes[node]
+    row = lab.dictionary(features_of(graph, [node])[0]).dictionary.W_dec[at.feature]
+
+    def take(value, hook):
+        value = value.clone()
+        value[:, at.pos] -= at.activation * row
+        return value
+
+    return take
+
+
 def some_features(graph, n):
     nodes = graph.nodes.is_type(NodeType.FEATURE).nonzero()[:, 0].tolist()
     return nodes[:: max(1, len(nodes) // n)]
@@ -127,15 +140,7 @@ def test_free_ablation_is_the_model_with_a_hook():
     (node,) = [i for i in some_features(graph, 400) if graph.nodes[i].tower == "vision" and graph.nodes[i].layer == 1][
         :1
     ]
-    at = graph.nodes[node]
-    row = lab.dictionary(features_of(graph, [node])[0]).dictionary.W_dec[at.feature]
-
-    def take(value, hook):
-        value = value.clone()
-        value[:, at.pos] -= at.activation * row
-        return value
-
-    with model.hooks(fwd_hooks=[("vision.blocks.1.hook_mlp_out", take)]):
+    with model.hooks(fwd_hooks=[("vision.blocks.1.hook_mlp_out", taking(lab, graph, node))]):
         wanted = model.score(lab.batch, [TARGET])[0, 0]
     found = lab.values[0] + lab.effects([scaled(graph, [node])])[0, 0]
     assert float(found) == pytest.approx(float(wanted), abs=1e-5)

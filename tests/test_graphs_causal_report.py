@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_graphs_causal import TARGET, scene, some_features
+from test_graphs_causal import TARGET, scene, some_features, taking
 from tiny_models import tiny
 
 from graphs.build import build_graph
@@ -80,14 +80,7 @@ def test_an_ablated_sae_feature_leaves_the_stream():
     model, lab, graph = of_saes("vit")
     node = some_features(graph, 1)[0]
     at = graph.nodes[node]
-    row = lab.dictionary(features_of(graph, [node])[0]).dictionary.W_dec[at.feature]
-
-    def take(value, hook):
-        value = value.clone()
-        value[:, at.pos] -= at.activation * row
-        return value
-
-    with model.hooks(fwd_hooks=[(f"vision.blocks.{at.layer}.hook_resid_post", take)]):
+    with model.hooks(fwd_hooks=[(f"vision.blocks.{at.layer}.hook_resid_post", taking(lab, graph, node))]):
         wanted = model(lab.batch).logits[0, model.hf.config.label2id["effusion"]]
     found = lab.values[0] + lab.effects([scaled(graph, [node])])[0, 0]
     assert float(found) == pytest.approx(float(wanted), abs=1e-9) and float(found) != float(lab.values[0])

@@ -10,7 +10,7 @@
    against words of other captions.
 4. The same before and after, plain, when explainers remove words to a neutral word, which stands in every caption.
 
-6 CPU minutes on one core.
+About 6 CPU minutes on one core.
 """
 
 from __future__ import annotations
