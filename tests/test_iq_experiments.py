@@ -28,6 +28,7 @@ from mechinterp.explain.tabular import EXPLAINERS
 from mechinterp.explain.tabular_questions import about_rows, of_rows
 from mechinterp.metrics.iq import Measurement, iq
 from mechinterp.metrics.iq.ask import effects_of, stage
+from mechinterp.metrics.iq.measure import measure_rows
 from mechinterp.storage import verify_folder
 
 NAMES = ("iq-tabular", "iq-real-table", "iq-shapley-rbp", "iq-image", "iq-text", "iq-sweep")
@@ -268,6 +269,23 @@ def test_treatments_see_the_same_explanation():
     assert (found[RBP].abs() < plain.abs()).all() and torch.equal(found[RBP].sign(), plain.sign())
     assert (found[RBP].abs().sum(1) > 1.2).all(), "as written: in the attribution's own units"
     assert torch.equal(found["check alone"], Check()(question)[0])
+
+
+def test_a_methods_draws_do_not_depend_on_its_company():
+    """Noise and LIME get the same numbers alone as behind another method, and others with another seed."""
+    question = about_rows(product, rows(8), ZERO)
+    of = {name: of_rows(EXPLAINERS[name]) for name in ("gradient", "lime", "random")}
+    judges = {"one": about_rows(product, rows(8), ZERO + 1)}
+    together = trial("here", question, arms(of, (PLAIN,)), judges, draws=3, seed=1).columns
+    measured = measure_rows(product, {n: EXPLAINERS[n] for n in of}, rows(8), ZERO, 3)
+    for name in ("lime", "random"):
+        alone = trial("here", question, arms({name: of[name]}, (PLAIN,)), judges, draws=3, seed=1).columns
+        for score, values in alone[name, PLAIN].items():
+            assert np.array_equal(values, together[name, PLAIN][score], equal_nan=True), score
+        again = measure_rows(product, {name: EXPLAINERS[name]}, rows(8), ZERO, 3)[name]
+        assert np.array_equal(again.attributions, measured[name].attributions)
+    other = trial("here", question, arms({"random": of["random"]}, (PLAIN,)), judges, draws=3, seed=2).columns
+    assert not np.array_equal(other["random", PLAIN]["R"], together["random", PLAIN]["R"])
 
 
 def test_the_shuffled_control_keeps_values_and_loses_who_they_belong_to():

@@ -32,6 +32,7 @@ from mechinterp.explain.rbp import NOISE, PERTURBATIONS, STRENGTH, rbp, shares
 from mechinterp.explain.shake import shaken
 from mechinterp.metrics.iq import IQScores, iq, permutation_floor
 from mechinterp.metrics.iq.ask import Bench, perturbed, staged
+from mechinterp.metrics.iq.measure import seed_of
 from mechinterp.metrics.statistics import holm, percentile_interval
 
 __all__ = [
@@ -188,8 +189,8 @@ def trial(
     if own_fill:
         benches[OWN_FILL] = staged(near, len(question))
     columns = {}
-    for i, arm in enumerate(wanted):
-        columns[arm.explainer, arm.treatment] = score(benches, arm.explain, slots, 1_000 * seed + i)
+    for arm in wanted:
+        columns[arm.explainer, arm.treatment] = score(benches, arm.explain, slots, seed_of(arm.explainer, seed))
     return Trial(condition, columns, kept, tuple(judges))
 
 

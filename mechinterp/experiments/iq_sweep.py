@@ -34,6 +34,7 @@ from mechinterp.explain.tabular import EXPLAINERS
 from mechinterp.explain.tabular_questions import about_rows, of_rows
 from mechinterp.metrics.iq import Measurement, iq
 from mechinterp.metrics.iq.ask import Bench, stage
+from mechinterp.metrics.iq.measure import seed_of
 from mechinterp.metrics.iq.scores import inversion, movement
 from mechinterp.progress import progress
 
@@ -123,8 +124,8 @@ def _multiverse(
         judge = about_rows(network.f, network.test, references[OTHER[where]])
         check_judges(question, {OTHER[where]: judge})
         bench = stage(question, judge, max(GRID["draws"]), noise, seed, co_movement=False)
-        for i, name in enumerate(names):
-            measured = bench.measurement(bench.explain(of_rows(EXPLAINERS[name]), 1_000 * seed + i)[0])
+        for name in names:
+            measured = bench.measurement(bench.explain(of_rows(EXPLAINERS[name]), seed_of(name, seed))[0])
             for (draws, *rest), values in scores_of(measured).items():
                 found[(noise, draws, where, *rest), name] = values
     return found
@@ -170,10 +171,10 @@ def _shrinkage(network: Network, names: tuple[str, ...], seed: int) -> dict[tupl
     check_judges(question, judges)
     bench = stage(question, judges[ROWS], max(GRID["draws"]), seed=seed, co_movement=False)
     found = {}
-    for i, name in enumerate(names):
+    for name in names:
         explain = of_rows(EXPLAINERS[name])
         for noise in SIZES_OF_NOISE:
-            generator = torch.Generator().manual_seed(1_000 * seed + i)
+            generator = torch.Generator().manual_seed(seed_of(name, seed))
             near = shaken(bench.near, max(COUNTS), noise, generator)
             seen = explain(near, generator).view(len(bench.near), 1 + max(COUNTS), -1)
             for n in COUNTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from mechinterp.explain.tabular import Function, TabularExplainer, effects
 from mechinterp.metrics.iq.scores import Measurement
 
-__all__ = ["measure_rows", "perturbed_rows"]
+__all__ = ["measure_rows", "perturbed_rows", "seed_of"]
 
 DRAWS, NOISE, FLOOR = 30, 0.05, 0.05
 
@@ -24,6 +25,11 @@ def perturbed_rows(
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(len(x), draws, x.shape[1], generator=generator, dtype=x.dtype)
     return x[:, None] + noise * x.abs().clamp(min=floor)[:, None] * eps
+
+
+def seed_of(name: str, seed: int) -> int:
+    """The seed of a method's own draws: of its name and `seed`, whichever other methods stand beside it."""
+    return 1_000_003 * seed + zlib.crc32(name.encode())
 
 
 def measure_rows(
@@ -43,8 +49,8 @@ def measure_rows(
         output = _numpy(f(flat)).reshape(len(x), -1)
     effect = _numpy(effects(f, both, reference))
     found, eps = {}, torch.finfo(x.dtype).eps
-    for i, (name, explain) in enumerate(explainers.items()):
-        generator = torch.Generator().manual_seed(seed * 1_000 + i)
+    for name, explain in explainers.items():
+        generator = torch.Generator().manual_seed(seed_of(name, seed))
         a = _numpy(explain(f, flat, reference, generator)).reshape(effect.shape)
         found[name] = Measurement(a[:, 0], output[:, 0], a[:, 1:], output[:, 1:], effect[:, 0], effect[:, 1:], eps=eps)
     return found
