@@ -32,6 +32,8 @@ class Row:
     ratio: float
     equal_to: float | None
     """Largest difference between the two results, in the unit of the result; None where there is none to compare."""
+    share_of_1e5: float | None = None
+    """The same as a share of 1e-5 (1 + |peer|), element by element: up to 1, `allclose(rtol=1e-5, atol=1e-5)` holds."""
 
 
 def read_answer(process: subprocess.Popen[str], errors: IO[str]) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def save(name: str, rows: list[Row], quick: bool, out: Path = RESULTS) -> Path:
 
 def table(name: str, rows: list[Row]) -> str:
     """The rows as text."""
-    head = ("case", "ours", "peer", "unit", "ratio", "differ by", "peer is")
+    head = ("case", "ours", "peer", "unit", "ratio", "differ by", "of 1e-5 (1 + |peer|)", "peer is")
     body = [
         (
             row.case,
@@ -91,10 +93,13 @@ def table(name: str, rows: list[Row]) -> str:
             row.unit,
             f"{row.ratio:.2f}x",
             "-" if row.equal_to is None else f"{row.equal_to:.1e}",
+            "-" if row.share_of_1e5 is None else f"{row.share_of_1e5:.2f}",
             row.peer_name,
         )
         for row in rows
     ]
+    if all(row.share_of_1e5 is None for row in rows):
+        head, body = head[:6] + head[7:], [line[:6] + line[7:] for line in body]
     widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *body)]
     return "\n".join([f"== {name}", *(line.rstrip() for line in lines)])

@@ -15,6 +15,7 @@ Copies that differ by a few per cent turn at the same places, so they share the 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,7 +25,7 @@ from jaxtyping import Complex, Float
 
 from mechinterp.explain.question import Question
 
-__all__ = ["Poles", "Rule", "crowded", "gauss_legendre", "path_rule", "poles_of", "rule_for"]
+__all__ = ["Poles", "Rule", "crowded", "gauss_legendre", "path_rules", "poles_of", "rule_for"]
 
 Rule = tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]
 """Points in (0, 1) and their weights."""
@@ -91,8 +92,8 @@ def rule_for(steps: int, poles: Poles) -> Rule:
 
 
 @torch.no_grad()
-def path_rule(question: Question, steps: int) -> Rule:
-    """Points for the paths of all rows, from `PILOT` scores along that of the first."""
+def path_rules(question: Question, steps: Sequence[int]) -> tuple[Rule, ...]:
+    """Points for the paths of all rows, a rule for each of `steps`, from `PILOT` scores along that of the first."""
     places = (1 - np.cos(np.pi * np.arange(PILOT) / (PILOT - 1))) / 2
     scores = []
     for some in torch.from_numpy(places).split(question.chunk):
@@ -102,4 +103,5 @@ def path_rule(question: Question, steps: int) -> Rule:
             share = some.to(value).view(-1, *(1,) * (value.ndim - 1))
             values.append(reference + share * (value - reference))
         scores.append(question.function(tuple(values)))
-    return rule_for(steps, poles_of(places, torch.cat(scores).double().cpu().numpy()))
+    poles = poles_of(places, torch.cat(scores).double().cpu().numpy())
+    return tuple(rule_for(one, poles) for one in steps)
