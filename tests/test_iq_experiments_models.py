@@ -193,7 +193,7 @@ def test_both_at_once_costs_fewer_explanations_and_is_counted(quick):
 def test_what_rbp_costs_is_claimed_for_a_number_of_perturbations():
     """Three explanations are three: 3.04 is more, and the claim names its perturbations."""
     cost = {("lime", "plain"): 1.0, ("lime", JOINT): 3.8, ("lime", PAIR): 3.04, ("lime", ONE): 2.5, ("ig", ONE): 3.0}
-    found = multimodal_report.Found(Study(), {}, cost)
+    found = multimodal_report.Found(Study(), {}, cost, {})
     claims = {kind: multimodal_report._cost_claim("toy", found, kind, n) for kind, n in COPIES.items()}
     assert {kind: claim.holds for kind, claim in claims.items()} == {JOINT: False, PAIR: False, ONE: True}
     assert "(3 perturbations)" in claims[JOINT].claim and "(1 perturbation)" in claims[ONE].claim

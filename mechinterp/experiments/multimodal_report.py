@@ -24,11 +24,15 @@ SHOWN = ("R", "F_dist", "IS_p2", "IS_zero_p2", "R_null", "R_excess", "coverage",
 
 @dataclass(frozen=True)
 class Found:
-    """Of one model: the trials, the share of each method's attribution on words, and RBP's cost in explanations."""
+    """Of one model: the trials, the share of each method's attribution on words, and RBP's cost in explanations.
+
+    `own`: the kinds of RBP that were put on each method, for those with any.
+    """
 
     study: Study
     words: dict[str, float]
     cost: dict[tuple[str, str], float]
+    own: dict[str, tuple[str, ...]]
 
 
 def condition(psi: float) -> str:
@@ -36,11 +40,8 @@ def condition(psi: float) -> str:
     return f"psi {psi:g}"
 
 
-def report(found: dict[str, Found], hardened: Sequence[str], once: Sequence[str], strengths: Sequence[float]) -> Result:
-    """Rows, claims, tables and the figure.
-
-    `hardened`: the methods that every kind of RBP was put on; `once`: those that one perturbation was; `strengths`:
-    every psi.
+def report(found: dict[str, Found], strengths: Sequence[float]) -> Result:
+    """Rows, claims, tables and the figure; `strengths`: every psi.
 
     The methods of a model are those of its `words`, those whose cost was taken the ones in `cost`.
     """
@@ -49,10 +50,7 @@ def report(found: dict[str, Found], hardened: Sequence[str], once: Sequence[str]
     tables: list[Table] = []
     claims: list[Claim] = []
     for name, f in found.items():
-        methods = tuple(f.words)
-        own: dict[str, tuple[str, ...]] = {
-            m: KINDS if m in hardened else (ONE,) for m in methods if m in (*hardened, *once)
-        }
+        methods, own = tuple(f.words), f.own
         arms = [(m, PLAIN) for m in methods] + [(m, v) for m, kinds in own.items() for v in kinds]
         for psi in strengths:
             kept = f.study.kept(condition(psi))
