@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -134,6 +136,18 @@ def test_permutation_p_is_uniform_under_no_effect_and_never_zero():
     assert p.min() >= 0.01
     assert 0.03 < (p <= 0.05).mean() < 0.07
     assert np.isnan(st.permutation_p(float("nan"), np.ones(3))) and np.isnan(st.permutation_p(1.0, np.array([])))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e6])
+def test_signs_that_all_agree_have_the_p_of_their_number_in_any_unit(size):
+    """Six differences of one sign have p about 2 of 64, whatever their size: a draw of the same signs is a tie."""
+    rng = np.random.default_rng(0)
+    p = [st.sign_flip_p(size * rng.uniform(0.1, 1, 6), seed=i) for i in range(100)]
+    assert min(p) > 0.02 and max(p) < 0.045  # a draw's binomial error is .0025
+    both = rng.standard_normal(8)
+    every = np.abs(np.array(list(product([-1, 1], repeat=8))) @ both)
+    exact = float((every >= abs(both.sum()) - 1e-9).mean())
+    assert st.sign_flip_p(size * both) == pytest.approx(exact, abs=0.03)
 
 
 def test_smallest_detectable_effect_is_found_80_percent_of_the_time():
