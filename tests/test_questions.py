@@ -206,6 +206,13 @@ def test_an_injected_element_follows_the_output_and_the_gate_sees_a_use(asked):
     assert torch.equal(moved, torch.tensor([[False] * (moved.shape[1] - 1) + [True]] * 3))
 
 
+@pytest.mark.parametrize("slots", [(4,), (-1,), (0, 4), ()])
+def test_nothing_is_injected_into_elements_that_are_not_there(slots):
+    """A slot beyond the elements would pass every gate and show no effect of an injection that never was."""
+    with pytest.raises(UsageError, match="of 4 elements"):
+        injected(columns(lambda x: x.sum(1)), slots, 0.8, Scale(0.0, 1.0))
+
+
 def test_rbp_of_a_question_is_its_formula_and_is_free_of_scale():
     question = columns(lambda x: (x @ WEIGHTS) ** 2, n=7)
     found = with_rbp(gradient_times_value, perturbations=4)(question, torch.Generator().manual_seed(3))

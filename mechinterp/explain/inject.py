@@ -58,7 +58,12 @@ def injected(
     A column becomes that number; a patch an even field of it, in the units of the preprocessed pixels; a word has that
     many of its own lengths added along a fixed direction (unit vector of equal components with alternating signs). The
     same noise serves all slots, which may lie in different parts (a patch and a word). psi 0 changes nothing.
+
+    Raises UsageError for slots that the question has not.
     """
+    if not slots or not all(0 <= slot < question.count for slot in slots):
+        hint = "numbers of elements, from 0; without one nothing is injected"
+        raise UsageError(f"slots {slots} of {question.count} elements", where="injected", hint=hint)
     before = question.score()
     if psi == 0:
         return Injected(question, torch.zeros_like(before), scale.sd)
