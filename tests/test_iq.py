@@ -64,6 +64,15 @@ def test_exact_explanations_of_a_product_are_as_reliant_as_an_echo(scored, name)
     assert np.allclose(echo.R_excess, 2 / 3, atol=1e-9)
 
 
+def test_reliance_that_the_true_effects_have_too_is_no_excess_whatever_its_sign():
+    """R_excess holds |r| of attributions beside |r| of effects: an effect that moves against the output counts too."""
+    y = np.random.default_rng(0).normal(size=(1, 12))
+    up, still = y[..., None], np.zeros((1, 12, 1))
+    a, e = np.concatenate([up, up, up], 2), np.concatenate([-up, up, still], 2)
+    found = iq(Measurement(np.zeros((1, 3)), np.zeros(1), a, y, np.ones((1, 3)), e))
+    assert found.R[0] == pytest.approx(1) and found.R_excess[0] == pytest.approx(1 / 3)
+
+
 def test_inversion_ties_the_best_with_the_worst():
     ends = np.array([1.0, 0.0])
     for p, value in ((1, 0.5), (2, 0.5**0.5), (4, 0.5**0.25)):

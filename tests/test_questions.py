@@ -188,6 +188,17 @@ def test_another_judge_changes_the_effects_and_nothing_else():
         stage(ask[0], judge=ask[1][:3], draws=5)
 
 
+def test_a_judge_removes_from_the_perturbed_inputs_and_not_from_the_first_again():
+    """Effects at copies are those of the copies, towards the judge's references of x; R_excess needs their movement."""
+    ask = columns(lambda x: x.square() @ WEIGHTS)
+    judge = replace(ask, parts=(replace(ask.parts[0], reference=torch.full_like(ask.values[0], 0.5)),))
+    bench = stage(ask, judge, draws=6)
+    copies = bench.near.values[0].view(len(ask), 7, 4)
+    np.testing.assert_allclose(bench.effect, ((copies.square() - 0.25) * WEIGHTS).numpy())
+    once = stage(ask, judge, draws=6, co_movement=False)
+    np.testing.assert_array_equal(once.effect, bench.effect[:, :1])
+
+
 def test_an_injected_element_follows_the_output_and_the_gate_sees_a_use(asked):
     question = columns(lambda x: x[:, 0] * 3 + 5, n=200)
     scale = scale_of(question)
