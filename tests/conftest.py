@@ -9,6 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# a property is not timed: where other work shares the machine, 200 ms a case would fail at random
+settings.register_profile("house", deadline=None)
+settings.load_profile("house")
 
 NIH = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih-cxr"
 
