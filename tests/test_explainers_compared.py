@@ -18,6 +18,7 @@ from mechinterp.audit.explainers.figures import _canvas, _name, maps_picture, pl
 from mechinterp.audit.explainers.folder import console_of, table_of, write_folder
 from mechinterp.audit.explainers.further import FURTHER
 from mechinterp.audit.explainers.grading import curve_share, graded, read_thresholds
+from mechinterp.audit.explainers.records import mean_and_interval
 from mechinterp.data import open_data
 from mechinterp.errors import DataError, UsageError
 from mechinterp.experiments.main_report import _rows, _table
@@ -25,6 +26,7 @@ from mechinterp.explain.ask import about_image
 from mechinterp.metrics.faithfulness import comprehensiveness, saco, sufficiency
 from mechinterp.metrics.grades import Measured
 from mechinterp.metrics.iq import expected_absolute_r
+from mechinterp.metrics.scored import Scored
 from mechinterp.storage import verify_folder
 from mechinterp.types import Target
 from tests.audit_toys import SIZE, trained_clip, write_cohort
@@ -69,6 +71,22 @@ def test_masks_are_shares_of_patches(models, cohort):
     assert known.all() and np.allclose(shares[:, 0], 25 / 64) and not shares[:, 1:].any()
     without = np.flatnonzero(cohort.attribute("mark").values == 0)[:3]
     assert not masks_of(models["clean"], cohort, "mark", without)[1].any()
+
+
+def test_many_images_of_a_patient_make_no_interval_narrower():
+    """Patients are resampled: 6 patients with 20 equal images each know as much as 6 with one, and 4 too little."""
+    values, patients = np.array([0.1, 0.4, 0.2, 0.9, 0.5, 0.3]), tuple("abcdef")
+    once, often = mean_and_interval(values, patients), mean_and_interval(np.repeat(values, 20), patients_of(20))
+    assert once[0] == pytest.approx(often[0]) and once[1] == pytest.approx(often[1])
+    scored = [Scored(v, ("ok",) * len(v)) for v in (values, np.repeat(values, 20))]
+    assert scored[0].interval(patients) == pytest.approx(scored[1].interval(patients_of(20)))
+    few = np.where(np.arange(120) < 80, np.repeat(values, 20), np.nan)
+    assert mean_and_interval(few, patients_of(20)) == (pytest.approx(values[:4].mean()), None)
+
+
+def patients_of(images):
+    """Six patients with as many images each."""
+    return tuple(np.repeat(list("abcdef"), images).tolist())
 
 
 def test_masks_that_no_image_has_are_said(models, cohort):

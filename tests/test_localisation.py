@@ -41,6 +41,12 @@ def test_the_mask_itself_is_the_best_map_and_its_negative_the_worst():
     assert np.allclose(exact["mass_ratio"].score.value, 1 / pixels.mean(1))
 
 
+def test_what_speaks_against_the_target_is_no_mass():
+    """Only positive relevance counts: 3 of 4 inside a quarter of the area are 3 times chance, whatever is negative."""
+    maps, inside = np.array([[3.0, -50.0, 1.0, -7.0]]), np.array([[1.0, 0.0, 0.0, 0.0]])
+    assert localise(maps, inside)["mass_ratio"].score.value[0] == pytest.approx(0.75 / 0.25)
+
+
 def test_random_maps_are_at_their_chance():
     rng = np.random.default_rng(1)
     inside = np.repeat(INSIDE, 30, 0)

@@ -15,7 +15,7 @@ from tiny_models import tiny
 from mechinterp.errors import UsageError
 from mechinterp.explain import tabular
 from mechinterp.explain.ask import about_both, about_function, about_image, about_words
-from mechinterp.explain.inject import Scale, injected, scale_of
+from mechinterp.explain.inject import Injected, Scale, injected, scale_of
 from mechinterp.explain.question import Part, Question
 from mechinterp.explain.rbp import rbp, shares, with_rbp, with_rbp_rows
 from mechinterp.explain.shake import shaken
@@ -215,6 +215,13 @@ def test_an_injected_element_follows_the_output_and_the_gate_sees_a_use(asked):
     assert torch.equal(level, level[:, :1, :1, :1].expand_as(level))  # an even field
     moved = (found.values[1] - both.values[1]).norm(dim=-1) > 0
     assert torch.equal(moved, torch.tensor([[False] * (moved.shape[1] - 1) + [True]] * 3))
+
+
+def test_the_gate_drops_an_output_that_fell_as_one_that_rose():
+    """Rows stay whose output moved by at most 0.05 standard deviations, up or down; a broken one does not."""
+    question = columns(lambda x: x.sum(1), n=5)
+    moved = torch.tensor([0.09, -0.09, 0.11, -0.11, float("nan")])
+    assert Injected(question, moved, sd=2.0).kept.tolist() == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("slots", [(4,), (-1,), (0, 4), ()])
