@@ -157,6 +157,8 @@ def test_every_degenerate_sample_says_what_is_wrong():
     found = iq(Measurement(first, out, a, y, effect))
     assert found.status == ("ok", "const_attr", "const_output", "nonfinite")
     assert np.isfinite(found.R[0]) and np.isnan(found.R[1:]).all() and np.isnan(found.F_dist[3])
+    assert np.isfinite(found.F_dist[:3]).all()  # it needs no perturbation
+    assert np.isfinite(found.IS[2][0]) and np.isnan(found.IS[2][1:]).all()
     few = iq(Measurement(first, out, a[:, :2], y[:, :2], effect))
     assert few.status[0] == "too_few" and np.isnan(few.R[0])
     with pytest.raises(UsageError, match="effect has shape"):  # as without shape checks, which only tests have

@@ -87,9 +87,10 @@ class Measurement:
 class IQScores:
     """Scores of each sample; nan, with a status, where a score is undefined.
 
-    "nonfinite" (any array, the effects at the perturbed inputs too), "too_few" and "const_output" have no score.
-    "const_attr" (no element's attribution moves) has F, no R. "zero_attr" and "no_effect" (the attribution, or every
-    effect, is 0 at x: there are no shares to compare) have R, no F. None of these three has IS.
+    "nonfinite" (any array, the effects at the perturbed inputs too) has no score. "too_few", "const_output" and
+    "const_attr" (no element's attribution moves) have F, which needs no perturbation, and no R. "zero_attr" and
+    "no_effect" (the attribution, or every effect, is 0 at x: there are no shares to compare) have R, no F. Only "ok"
+    has IS; "const_attr" has `IS_zero`, whose R is 0 by convention.
 
     `R` skips elements whose attribution never moves, `R_zero` counts them as 0; `coverage` is the share of elements
     that move. `IS[p]` uses R and F_dist, `IS_zero[p]` R_zero and F_dist.
