@@ -115,14 +115,13 @@ def _dictionaries(command: Command) -> None:
     sub.add_argument("--data", metavar="DATA", help=f"data folder (default: a phantom of {DEFAULT_IMAGES} images)")
     sub.add_argument("--target", help="what effects are measured on (default: the one the model's card names)")
     sub.add_argument("--top", type=int, default=40, metavar="N", help="features shown with pictures (default 40)")
-    sub.add_argument(
-        "--other", action="append", default=[], type=Path, metavar="DIR", help="dictionary of another seed; repeatable"
-    )
+    about = "dictionary of another seed; repeatable"
+    sub.add_argument("--other", action="append", default=[], type=Path, metavar="DIR", help=about)
 
 
 def _questions(command: Command) -> None:
-    example = "ablate phantom-clip --features S:12"
-    sub = command("ablate", _ablate, "remove features and see what the output does", example)
+    about = "remove features and see what the output does"
+    sub = command("ablate", _ablate, about, "ablate phantom-clip --features S:12")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--data", metavar="DATA")
     sub.add_argument("--features", required=True, metavar="SITE:12,SITE:40")
@@ -136,6 +135,7 @@ def _questions(command: Command) -> None:
     sub.add_argument("--against", metavar="TEXT", help="the prompt (or class) to contrast with, both as they stand")
     sub.add_argument("--method", required=True, metavar="NAME", help="such as occlusion; a wrong name lists all")
     sub.add_argument("--data", metavar="DATA", help="what sae_maps and graph_patches train on where nothing is stored")
+    sub.add_argument("--chunk", type=int, metavar="N", help="images through the model at once: fewer take less memory")
 
     about = "from patches and words through features to a score: the attribution graph of one image"
     sub = command("graph", _graph, about, "graph cxr-clip --image a.png --target pneumonia --out graph")
@@ -161,6 +161,7 @@ def _questions(command: Command) -> None:
     sub.add_argument("--methods", metavar="A,B", help="default: all that apply")
     sub.add_argument("--masks", metavar="A,B", help="attributes whose masks maps are held beside, such as a shortcut's")
     sub.add_argument("--images", type=int, default=6, metavar="N", help="test images, one a patient (default 6)")
+    sub.add_argument("--chunk", type=int, metavar="N", help="images through the model at once: fewer take less memory")
     sub.add_argument("--thresholds", type=Path, metavar="FILE", help="JSON: thresholds of the grades other than ours")
     for name, how in (("permuted", "on permuted labels"), ("again", "again"), ("other", "in another architecture")):
         sub.add_argument(f"--{name}", metavar="MODEL", help=f"the same trained {how} (default: as its card names)")
@@ -304,10 +305,8 @@ def _ablate(args: argparse.Namespace) -> None:
     from mechinterp.audit.ablation import ablation_table
 
     model, data = _load(args.model), _open(args.data, args.seed)
-    table = ablation_table(
-        model, data, features=args.features.split(","), target=args.target, out=_out(args), seed=args.seed
-    )
-    print(table)
+    features, out = args.features.split(","), _out(args)
+    print(ablation_table(model, data, features=features, target=args.target, out=out, seed=args.seed))
 
 
 def _explain(args: argparse.Namespace) -> None:
@@ -318,7 +317,7 @@ def _explain(args: argparse.Namespace) -> None:
     model = _load(args.model)
     target = target_of(model, args.target, args.against)
     pixels = open_image(args.image)[1]
-    made = explain_image(model, pixels, target, args.method, args.seed, lambda: _open(args.data, args.seed))
+    made = explain_image(model, pixels, target, args.method, args.seed, lambda: _open(args.data, args.seed), args.chunk)
     print(write_map(made, _out(args)))
 
 
@@ -336,7 +335,7 @@ def _graph(args: argparse.Namespace) -> None:
 def _iq(args: argparse.Namespace) -> None:
     from mechinterp.audit.explainers.command import run
 
-    print(run(args, _load, _open(args.data, args.seed), _out(args)))
+    print(run(args, _load, lambda: _open(args.data, args.seed), _out(args)))
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -282,6 +282,24 @@ def test_a_methods_numbers_do_not_depend_on_its_company(compared, models, cohort
         assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in beside.items() if k != "seconds"}
 
 
+def test_how_many_images_go_through_at_once_changes_no_number(compared, models, cohort):
+    """With five at a time all scores and verdicts are those of 256, to rounding, and no pass holds more than five."""
+    model, rows = models["shortcut"], compared["shortcut"].made.rows.tolist()
+    passes, block = [], model.hf.vision_model.encoder.layers[0]
+    hook = block.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    few = ("occlusion", "gradient_times_input", "attention_rollout")
+    made = compare_explainers(
+        model, cohort, cohort.targets["finding"], methods_of(few), replace(EFFORT, chunk=5), 0, rows
+    )
+    hook.remove()
+    assert passes and max(passes) == 5
+    for row in made.rows:
+        beside = row_of(compared, row["method"])
+        assert row["grade"] == beside["grade"] and row["randomisation_verdict"] == beside["randomisation_verdict"]
+        for key in ("R", "F", "IS", "R_null", "R_excess", "curves", "randomisation", "prompt_randomisation"):
+            assert row[key] == pytest.approx(beside[key], abs=1e-4), (row["method"], key)
+
+
 def test_the_folder_holds_what_the_table_says(compared, cohort, tmp_path):
     made = compared["shortcut"]
     table = write_folder(made, cohort, tmp_path, 0, 1.0, "mechinterp iq toy")

@@ -15,7 +15,7 @@ from tiny_models import save_tiny, tiny
 
 from graphs.build import build_graph
 from graphs.frozen import freeze
-from mechinterp.audit.explaining import OWN
+from mechinterp.audit.explaining import OWN, explain_image
 from mechinterp.audit.graphing import output_of
 from mechinterp.audit.own_methods import own_methods, sae_maps
 from mechinterp.cli import main
@@ -346,3 +346,27 @@ def test_the_command_takes_every_name_and_says_what_a_map_is_worth(tmp_path, cap
     assert main([*call, "--method", "tea-leaves", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert all(name in said for name in (*ELEMENT_METHODS, *OWN)) and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [*REAL, "echo"])
+def test_explain_takes_images_at_once_and_the_map_stays_as_it_was(models, name):
+    """A map made three images at a time is the map made at the method's own chunk, to rounding, and keeps to three."""
+    model, image = models["clip"], np.random.default_rng(0).random((32, 32), np.float32)
+
+    def made(chunk=None):
+        return explain_image(model, image, TARGET, name, 0, pytest.fail, chunk).relevance
+
+    whole, seen = made(), []
+    block = model.hf.vision_model.encoder.layers[0]
+    hook = block.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    torch.testing.assert_close(made(3), whole, atol=1e-5, rtol=1e-3)
+    hook.remove()
+    assert max(seen, default=1) <= 3
+
+
+def test_fewer_than_one_image_at_once_is_refused_before_the_work(models, capsys):
+    """A chunk of 0 is refused with the name of the flag, by `explain` and by `iq`."""
+    with pytest.raises(UsageError, match="--chunk: is 0"):
+        explain_image(models["clip"], np.zeros((32, 32), np.float32), TARGET, "lime", 0, pytest.fail, 0)
+    assert main(["iq", "no-such-model", "--chunk", "0"]) == 2
+    assert "--chunk: is 0" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from mechinterp.types import Target
 if TYPE_CHECKING:
     from mechinterp.data import ImageData
 
-__all__ = ["OWN", "ImageMap", "explain_image", "write_map"]
+__all__ = ["OWN", "ImageMap", "check_chunk", "explain_image", "write_map"]
 
 OWN = ("sae_maps", "graph_patches")
 MEANING: dict[MapStatus, str] = {
@@ -59,6 +59,7 @@ def explain_image(
     method: str,
     seed: int,
     data: Callable[[], ImageData],
+    chunk: int | None = None,
 ) -> ImageMap:
     """Explain one image.
 
@@ -67,9 +68,12 @@ def explain_image(
         method: any of `ELEMENT_METHODS` or `OWN`.
         seed: of a method that draws.
         data: opens what dictionaries are trained on, for a method that needs one where none is stored.
+        chunk: images through the model at once, instead of what the method takes; it bounds the memory and moves maps
+            by rounding only.
 
-    Raises UsageError for a method that does not exist or cannot explain this model.
+    Raises UsageError for a method that does not exist or cannot explain this model, and for a chunk below 1.
     """
+    check_chunk(chunk)
     if method not in ELEMENT_METHODS and method not in OWN:
         known = ", ".join(sorted([*ELEMENT_METHODS, *OWN]))
         raise UsageError(f"no method {method!r}", where="--method", hint=f"known: {known}")
@@ -77,8 +81,14 @@ def explain_image(
     explain = explain or seeded(method, seed)
     batch = model.prepare(image[None], [target], ids=("image",))
     start = time.perf_counter()
-    relevance = explain(model, batch, target)[0]
+    relevance = explain(model, batch, target, **({"chunk": chunk} if chunk else {}))[0]
     return ImageMap(found, model.label, target, seed, time.perf_counter() - start, relevance, image)
+
+
+def check_chunk(chunk: int | None) -> None:
+    """Raise UsageError for a number of images at once that cannot be."""
+    if chunk is not None and chunk < 1:
+        raise UsageError(f"is {chunk}", where="--chunk", hint="1 or more; without it, what suits most models")
 
 
 def write_map(made: ImageMap, out: Path) -> str:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 MOST = 64  # features ablated for each image: the largest by |activation times gradient|
 ROWS = 32  # images swept together, at most
+PAIRS = 256  # of an image and a feature, through the model at once, at most
 BUDGET = 300  # features of a graph whose causes are computed
 
 
@@ -127,7 +128,7 @@ def sae_maps(
     """
     source = _source(question, model, "sae_maps")
     found = []
-    rows = min(ROWS, question.chunk)
+    rows, pairs = min(ROWS, question.chunk), min(PAIRS, question.chunk)
     for start in range(0, len(question), rows):
         piece = question[start : start + rows]
         batch = source.batch[slice(start, start + rows)].with_pixels(piece.values[0])
@@ -136,7 +137,9 @@ def sae_maps(
         if not len(features):
             found.append(active.new_zeros(len(piece), question.count))
             continue
-        swept = effects(model, placed, batch, [source.target], features.tolist(), tokens="patch")
+        swept = effects(
+            model, placed, batch, [source.target], features.tolist(), tokens="patch", image_batch=rows, pair_batch=pairs
+        )
         lost = -swept.dense()[..., 0].T * chosen[:, features]
         active = active[..., features]
         share = active / active.sum(1, keepdim=True).clamp(min=torch.finfo(active.dtype).tiny)

@@ -69,7 +69,7 @@ def checked(
     """
 
     def ask(model: HookedVLM, target: Target) -> Question:
-        return about_image(model, prepare(model, data, made.rows, target), target)
+        return about_image(model, prepare(model, data, made.rows, target), target, chunk=made.question.chunk)
 
     found: dict[str, dict[str, Check]] = {}
     for name, judged in progress(list(made.judged.items()), "sanity checks", unit="method"):

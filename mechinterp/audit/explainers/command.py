@@ -17,13 +17,14 @@ from mechinterp.audit.explainers.controls import controls_of
 from mechinterp.audit.explainers.folder import console_of, write_folder
 from mechinterp.audit.explainers.grading import read_thresholds
 from mechinterp.audit.explainers.section import compare_explainers, methods_of
-from mechinterp.audit.explaining import OWN
+from mechinterp.audit.explaining import OWN, check_chunk
 from mechinterp.audit.own_methods import stored_methods
 from mechinterp.audit.pipeline import choose_target
 from mechinterp.audit.sizes import one_size
 from mechinterp.data import ImageData
 from mechinterp.errors import UsageError
 from mechinterp.explain.methods import ELEMENT_METHODS, Method
+from mechinterp.explain.question import CHUNK
 from mechinterp.models import HookedVLM
 from mechinterp.types import Target
 
@@ -32,21 +33,24 @@ __all__ = ["run"]
 CONTROLS = ("permuted", "again", "other")
 
 
-def run(args: argparse.Namespace, load: Callable[[str], HookedVLM], data: ImageData, out: Path) -> str:
+def run(
+    args: argparse.Namespace, load: Callable[[str], HookedVLM], open_data: Callable[[], ImageData], out: Path
+) -> str:
     """Measure and write the folder; returns the table and where the pictures are."""
     started = time.perf_counter()
     if args.images < 2:
         raise UsageError(f"--images {args.images}", hint="at least 2")
+    check_chunk(args.chunk)
     limits = read_thresholds(args.thresholds) if args.thresholds else None
     model = load(args.model)
-    data = one_size(model, data)
+    data = one_size(model, open_data())
     target = choose_target(model, data, args.target)
     named = [name.strip() for name in args.methods.split(",") if name.strip()] if args.methods else []
     methods = _methods(model, data, target, named, args.seed)
     masks = tuple(name for name in (args.masks or "").split(",") if name)
     for name in masks:
         data.attribute(name)  # refuses what is not there before anything is computed
-    effort = Effort(images=args.images, masks=masks, further=True)
+    effort = Effort(images=args.images, masks=masks, further=True, chunk=args.chunk or CHUNK)
     controls = controls_of(model, load, {key: getattr(args, key) for key in CONTROLS})
     compared = compare_explainers(model, data, target, methods, effort, args.seed, None, limits, controls)
     command = _command(args)
@@ -74,7 +78,7 @@ def _unseen(found: Mapping[str, tuple[Any, Bool[np.ndarray, " image"]]], masks: 
 def _command(args: argparse.Namespace) -> str:
     """What to type for the same table."""
     parts = ["mechinterp", "iq", args.model, "--seed", str(args.seed), "--images", str(args.images)]
-    for option in ("data", "target", "methods", "masks", "thresholds", *CONTROLS):
+    for option in ("data", "target", "methods", "masks", "chunk", "thresholds", *CONTROLS):
         value = getattr(args, option)
         parts += [f"--{option}", str(value)] if value else []
     return shlex.join(parts)

@@ -15,7 +15,7 @@ from mechinterp.audit.explainers.further import BY_REMOVAL, further_columns, sha
 from mechinterp.data import ImageData
 from mechinterp.explain.ask import Fill, about_image
 from mechinterp.explain.methods import Method, applies
-from mechinterp.explain.question import Question
+from mechinterp.explain.question import CHUNK, Question
 from mechinterp.metrics.faithfulness import Removals, insertion_deletion, judged_by
 from mechinterp.metrics.iq import IQScores, iq, permutation_floor
 from mechinterp.metrics.iq.ask import Bench, effects_of, stage
@@ -42,6 +42,7 @@ class Effort:
         further: also score by the metrics of `further.FURTHER`.
         masks: names of attributes whose masks maps are held beside, the target's own apart. They change no other
             number: images are chosen without regard to them, and one without the mask is left out of its column.
+        chunk: images through the model at once; it bounds the memory and moves numbers by rounding only.
     """
 
     images: int = 6
@@ -50,6 +51,7 @@ class Effort:
     judge: Fill = "blur"
     further: bool = False
     masks: tuple[str, ...] = ()
+    chunk: int = CHUNK
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ def compare(
     """
     picked = chosen_rows(data, target.name, effort.images, seed) if rows is None else np.asarray(rows)
     batch = prepare(model, data, picked, target)
-    question = about_image(model, batch, target, "grey")
-    judge = about_image(model, batch, target, effort.judge)
+    question = about_image(model, batch, target, "grey", effort.chunk)
+    judge = about_image(model, batch, target, effort.judge, effort.chunk)
     bench = stage(question, judge, effort.draws, effort.noise, seed)
     own = effects_of(question).double().numpy()
     seen = shared_removals(judge, seed) if effort.further else None
