@@ -22,6 +22,7 @@ from mechinterp.audit.settings import Settings
 from mechinterp.audit.untested import untested
 from mechinterp.data import ImageData
 from mechinterp.pages.heat import heat_picture, thumbnail
+from tests.browser import PROGRAM, Browser
 
 PAYLOADS = (
     "<script>alert(1)</script>",
@@ -275,6 +276,29 @@ def test_checks_against_other_models_and_given_thresholds_stand_in_the_report():
     said = " ".join(" ".join(Page(report.render(one, {}, {}, [])).text).split())
     assert "to permuted labels" in said and "0.93 fails" in said and "to the same trained again" not in said
     assert said.count("--thresholds FILE") == 2 and "FILE: the thresholds" in said
+
+
+@pytest.mark.parametrize("masks", [("chest_drain",), ("pneumothorax", "chest_drain", "support_devices", "mass")])
+def test_the_explainers_table_fits_its_page(tmp_path, masks):
+    """With two masks or five, three controls and intervals, no part of the page is wider than a window of 1100."""
+    if PROGRAM is None:
+        pytest.skip("no Chromium here")
+    one = record("mark")
+    row = one["explainers"][0]
+    row |= {"method": "gradient_times_input", "ci95": {key: [-0.25, 10.75] for key in ("R", "F", "auprc")}}
+    for mask in masks:
+        row[f"mass {mask}"], row["n"][f"mass {mask}"], row["ci95"][f"mass {mask}"] = 10.5, 3, [-10.5, 12.5]
+    for kind in ("label_randomisation", "repeatability", "reproducibility"):
+        row |= {kind: -0.93, f"{kind}_verdict": "fail"}
+    one["explainers"] = [row, row | {"method": "integrated_gradients"}, row | {"method": "random", "anchor": True}]
+    (tmp_path / "report.html").write_text(report.render(one, {}, {}, []), encoding="utf-8")
+    with Browser(width=1100) as browser:
+        browser.open(tmp_path / "report.html")
+        heads = browser.value("document.querySelectorAll('#explainers ~ table th').length")
+        assert heads >= 6 + 1 + len(masks) + 3 + 3 + 1
+        assert browser.value("document.documentElement.scrollWidth") <= 1100
+        cells = "[...document.querySelectorAll('#explainers ~ table th, #explainers ~ table td')]"
+        assert browser.value(f"{cells}.every(cell => cell.scrollWidth <= cell.clientWidth + 1)")
 
 
 def test_pictures_of_images_that_may_hold_names_are_withheld():
