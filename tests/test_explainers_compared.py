@@ -282,6 +282,16 @@ def test_a_methods_numbers_do_not_depend_on_its_company(compared, models, cohort
         assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in beside.items() if k != "seconds"}
 
 
+def test_of_few_patients_there_is_no_interval_and_no_grade(compared, models, cohort):
+    """Four patients give means, but no interval of any score or check, and so nothing that a grade could rest on."""
+    rows = compared["shortcut"].made.rows.tolist()[:4]
+    target, few = cohort.targets["finding"], methods_of(("occlusion", "gradient_times_input"))
+    for row in compare_explainers(models["shortcut"], cohort, target, few, EFFORT, 0, rows).rows:
+        assert row["F"] is not None and row["curves"] is not None and row["randomisation"] is not None
+        assert {key for key, interval in row["ci95"].items() if interval is not None} == set()
+        assert row["grade"] == "NOT GRADED"
+
+
 def test_how_many_images_go_through_at_once_changes_no_number(compared, models, cohort):
     """With five at a time all scores and verdicts are those of 256, to rounding, and no pass holds more than five."""
     model, rows = models["shortcut"], compared["shortcut"].made.rows.tolist()

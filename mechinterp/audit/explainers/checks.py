@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mechinterp.audit.evidence import prepare
-from mechinterp.audit.explainers.compare import Comparison, Judged
+from mechinterp.audit.explainers.compare import FEW, Comparison, Judged
 from mechinterp.audit.explainers.controls import Controls
 from mechinterp.data import ImageData
 from mechinterp.errors import UsageError
@@ -128,11 +128,9 @@ def check_fields(checks: Mapping[str, Check]) -> dict[str, Any]:
 
 
 def intervals(checks: Mapping[str, Check]) -> dict[str, list[float] | None]:
-    """Patient intervals of the similarities, by field."""
-    return {
-        field: list(checks[key].ci95) if key in checks and np.isfinite(checks[key].ci95).all() else None
-        for key, field in FIELDS.items()
-    }
+    """Patient intervals of the similarities, by field; None of fewer than `FEW` images."""
+    kept = {key: check for key, check in checks.items() if check.n >= FEW and np.isfinite(check.ci95).all()}
+    return {field: list(kept[key].ci95) if key in kept else None for key, field in FIELDS.items()}
 
 
 def counts(checks: Mapping[str, Check]) -> dict[str, int]:

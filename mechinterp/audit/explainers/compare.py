@@ -25,6 +25,7 @@ from mechinterp.types import Target
 
 __all__ = ["Comparison", "Effort", "Judged", "compare"]
 
+FEW = 5  # patients: below that an interval of a bootstrap is not worth printing, and no grade rests on one
 STEPS = 16  # of the insertion and deletion curves
 BY_JUDGE = ("F", "F_corr", "IS", "IS_zero", "IS_p1", "IS_p4", "R_null", "R_excess", "curves", *BY_REMOVAL)
 BY_OWN_FILL = ("F_own",)

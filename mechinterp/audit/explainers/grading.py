@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mechinterp.audit.explainers.checks import FIELDS
-from mechinterp.audit.explainers.compare import Comparison, Judged
+from mechinterp.audit.explainers.compare import FEW, Comparison, Judged
 from mechinterp.errors import UsageError
 from mechinterp.metrics.grades import Evidence, Grade, Measured, Thresholds, grade
 from mechinterp.metrics.sanity import reads_prompt
@@ -27,7 +27,8 @@ NEEDED = ("faithfulness", "curves", "randomisation", "prompt", "excess")
 def curve_share(made: Comparison, judged: Judged, seed: int = 0) -> Measured:
     """Insertion minus deletion beyond a random order's, as a share of what the order of the true effects gains.
 
-    A ratio of means over images, with a patient-bootstrap interval; nan where the oracle gains nothing over random.
+    A ratio of means over images, with a patient-bootstrap interval, which is nan for fewer than `FEW` patients; both
+    are nan where the oracle gains nothing over random.
     """
     kept = np.isfinite(judged.curve)
     if kept.sum() < 2:
@@ -36,10 +37,13 @@ def curve_share(made: Comparison, judged: Judged, seed: int = 0) -> Measured:
     if best.mean() <= 0:
         return Measured(float("nan"), (float("nan"), float("nan")))
     owners = [p for p, k in zip(made.patients, kept, strict=True) if k]
+    share = float(own.mean() / best.mean())
+    if len(set(owners)) < FEW:
+        return Measured(share, (float("nan"), float("nan")))
     boot = PatientBootstrap.of(owners, seed=seed)
     above, below = boot.mean(own), boot.mean(best)
     ratio = np.where(below > 0, above / np.where(below > 0, below, 1.0), np.nan)
-    return Measured(float(own.mean() / best.mean()), percentile_interval(ratio))
+    return Measured(share, percentile_interval(ratio))
 
 
 def graded(made: Comparison, row: Mapping[str, Any], curves: Measured, thresholds: Thresholds | None = None) -> Grade:

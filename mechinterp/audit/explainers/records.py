@@ -10,13 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from mechinterp.audit.explainers.checks import check_fields, counts, intervals
-from mechinterp.audit.explainers.compare import Comparison, Judged
+from mechinterp.audit.explainers.compare import FEW, Comparison, Judged
 from mechinterp.metrics.sanity import Check
 from mechinterp.metrics.statistics import PatientBootstrap, percentile_interval
 
 __all__ = ["columns_of", "explainer_rows", "mean_and_interval", "missing"]
 
-FEW = 5  # patients: below that an interval of a bootstrap is not worth printing
 MOVING = ("R", "IS", "R_null", "R_excess")  # defined only where some element's attribution moves
 
 
