@@ -7,7 +7,7 @@
    pair of opposite perturbations (1 + 2), and both at once, once (1 + 1). IS of each, and the time of each in single
    explanations. Methods that remove elements have the last one only.
 
-About an hour of CPU time: 37 minutes for phantom-clip, 26 for phantom-llava.
+About 83 minutes of CPU time: 37 for phantom-clip, 46 for phantom-llava.
 """
 
 from __future__ import annotations
